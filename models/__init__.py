@@ -1,0 +1,1 @@
+"""SpikeLM: transformers whose linear layers are driven by ternary spikes over T timesteps."""

@@ -1,0 +1,225 @@
+"""SpikeLM models with transformers' interface: the bare encoder and its pretraining heads.
+
+Legend: B batch, L tokens, D width, V vocabulary, N positions that count (label other than -100).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .config import SpikeLMConfig
+from .layers import SpikeBlock
+from .stack import SpikeEmbeddings, SpikeStack
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class SpikeLMModelOutput(ModelOutput):
+    """last_hidden_state [B, L, D] (mean over timesteps), pooler_output [B, D], sums of SpikeStats [S, T, 5]."""
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    spike_stats: Tensor | None = None
+
+
+@dataclass
+class SpikeLMPreTrainingOutput(ModelOutput):
+    """Losses and logits of the pretraining heads.
+
+    loss: mean over this batch's counted targets, summed over the objectives, as transformers has it.
+    masked_lm_loss_sum, next_sentence_loss_sum: sums over counted targets in nats, to be divided by a count that may
+    span more than this batch.
+    logits: [N, V] where labels were given, else [B, L, V]. next_sentence_logits: [B, 2].
+    spike_stats: sums of SpikeStats over the neurons, [S, T, 5].
+    """
+
+    loss: Tensor | None = None
+    masked_lm_loss_sum: Tensor | None = None
+    next_sentence_loss_sum: Tensor | None = None
+    logits: Tensor | None = None
+    next_sentence_logits: Tensor | None = None
+    spike_stats: Tensor | None = None
+
+
+class SpikeLMPreTrainedModel(PreTrainedModel):
+    """What all our models share: configuration, initialisation, checkpointing."""
+
+    config_class = SpikeLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["SpikeBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SpikeStack):
+            module.reset_amplitudes()
+
+
+class SpikeLMModel(SpikeLMPreTrainedModel):
+    """The bare encoder: embeddings, T timesteps of spiking layers, mean over time, pooler (BERT's tanh of [CLS])."""
+
+    def __init__(self, config: SpikeLMConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = SpikeEmbeddings(config)
+        self.stack = SpikeStack(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        calibrate: bool = False,
+        **kwargs: Any,
+    ) -> SpikeLMModelOutput:
+        """Inputs are [B, L] as in transformers. `calibrate` belongs to models.amplitudes.calibrate_amplitudes.
+
+        Raises RuntimeError where the amplitudes are not calibrated.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        embedded_BLD = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        hidden_BLD, stats = self.stack(embedded_BLD, attention_mask, calibrate)
+        pooled_BD = None if self.pooler is None else torch.tanh(self.pooler(hidden_BLD[:, 0]))
+        return SpikeLMModelOutput(last_hidden_state=hidden_BLD, pooler_output=pooled_BD, spike_stats=stats)
+
+
+class MaskedLMHead(nn.Module):
+    """BERT's head for masked tokens: dense, activation, norm, and a decoder tied to the word embeddings."""
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.mlm_head_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.activation(self.dense(hidden))))
+
+
+class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
+    """The encoder with a head for masked tokens."""
+
+    _tied_weights_keys = {"mlm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__(config)
+        self.model = SpikeLMModel(config, add_pooling_layer=self._needs_pooler())
+        self.mlm_head = MaskedLMHead(config)
+        self.post_init()
+
+    @classmethod
+    def _needs_pooler(cls) -> bool:
+        return False
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.mlm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.mlm_head.decoder = value
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> SpikeLMPreTrainingOutput:
+        """Inputs as in SpikeLMModel; labels [B, L], -100 where a token does not count."""
+        output = self.model(input_ids, **kwargs)
+        logits, loss_sum = self._predict_tokens(output.last_hidden_state, labels)
+        return SpikeLMPreTrainingOutput(
+            loss=_mean_loss([(loss_sum, labels)]),
+            masked_lm_loss_sum=loss_sum,
+            logits=logits,
+            spike_stats=output.spike_stats,
+        )
+
+    def _predict_tokens(self, hidden_BLD: Tensor, labels_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits of the counted positions [N, V] and their summed loss; of all positions where no labels are given."""
+        if labels_BL is None:
+            return self.mlm_head(hidden_BLD), None
+        counted_BL = labels_BL != IGNORED_LABEL
+        logits_NV = self.mlm_head(hidden_BLD[counted_BL])
+        return logits_NV, _loss_sum(logits_NV, labels_BL[counted_BL])
+
+
+class SpikeLMForPreTraining(SpikeLMForMaskedLM):
+    """Masked tokens and next sentence, as BERT was pretrained; an objective counts only where labels are given."""
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__(config)
+        self.next_sentence_head = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @classmethod
+    def _needs_pooler(cls) -> bool:
+        return True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SpikeLMPreTrainingOutput:
+        """Inputs as in SpikeLMModel; labels [B, L]; next_sentence_label [B]: 0 the second segment follows, 1 random."""
+        output = self.model(input_ids, **kwargs)
+        logits, token_loss = self._predict_tokens(output.last_hidden_state, labels)
+        sentence_logits = self.next_sentence_head(output.pooler_output)
+        sentence_loss = None if next_sentence_label is None else _loss_sum(sentence_logits, next_sentence_label)
+        return SpikeLMPreTrainingOutput(
+            loss=_mean_loss([(token_loss, labels), (sentence_loss, next_sentence_label)]),
+            masked_lm_loss_sum=token_loss,
+            next_sentence_loss_sum=sentence_loss,
+            logits=logits,
+            next_sentence_logits=sentence_logits,
+            spike_stats=output.spike_stats,
+        )
+
+
+def _loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed in fp32 over the counted labels; 0 (with a gradient path) where none counts."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def _mean_loss(terms: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
+    """The sum over objectives of each one's mean over its counted labels; None where no labels were given."""
+    means = [
+        loss_sum / (labels != IGNORED_LABEL).sum().clamp(min=1) for loss_sum, labels in terms if loss_sum is not None
+    ]
+    return torch.stack(means).sum() if means else None
+
+
+__all__ = ["SpikeBlock", "SpikeLMForMaskedLM", "SpikeLMForPreTraining", "SpikeLMModel", "SpikeLMPreTrainedModel"]

@@ -1,0 +1,128 @@
+"""Embeddings, the axis of spike timesteps, and the stack of spiking blocks.
+
+Legend: T spike timesteps (first), B batch, L tokens, D width, S sites of the whole stack.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .amplitudes import STATISTICS
+from .config import SpikeLMConfig
+from .layers import SpikeBlock, block_sites
+
+
+class SpikeEmbeddings(nn.Module):
+    """Sum of word, position and token-type embeddings, normalised: computed once for all timesteps."""
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids_BL: Tensor | None,
+        token_type_ids_BL: Tensor | None = None,
+        position_ids_BL: Tensor | None = None,
+        inputs_embeds_BLD: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings [B, L, D]. Raises ValueError for sequences longer than the model has positions."""
+        words = self.word_embeddings(input_ids_BL) if inputs_embeds_BLD is None else inputs_embeds_BLD
+        B, L, _ = words.shape
+        if position_ids_BL is None:
+            if self.position_embeddings.num_embeddings < L:
+                raise ValueError(
+                    f"sequences of {L} tokens, but max_position_embeddings is "
+                    f"{self.position_embeddings.num_embeddings}: "
+                    "shorten the rows or raise max_position_embeddings"
+                )
+            position_ids_BL = torch.arange(L, device=words.device).expand(B, L)
+        if token_type_ids_BL is None:
+            token_type_ids_BL = torch.zeros(B, L, dtype=torch.long, device=words.device)
+        types = self.token_type_embeddings(token_type_ids_BL)
+        return self.dropout(self.norm(words + types + self.position_embeddings(position_ids_BL)))
+
+
+def expand_time(x_BLD: Tensor, num_timesteps: int) -> Tensor:
+    """[B, L, D] -> [T, B, L, D]: every timestep sees the same input (direct coding). No copy."""
+    return x_BLD.expand(num_timesteps, *x_BLD.shape)
+
+
+def collapse_time(x_TBLD: Tensor) -> Tensor:
+    """[T, B, L, D] -> [B, L, D]: the mean over timesteps."""
+    return x_TBLD.mean(0)
+
+
+class SpikeStack(nn.Module):
+    """Spiking blocks one after another, and the amplitude table that they share.
+
+    `amplitudes` [S, T] is always fp32, whatever the model is cast to, and NaN until it is calibrated (see
+    `models.amplitudes.calibrate_amplitudes`) or loaded. It has no rows for neurons without amplitude.
+    """
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList([SpikeBlock(config) for _ in range(config.num_hidden_layers)])
+        self.site_names = [
+            f"layer{index}.{site}" for index in range(config.num_hidden_layers) for site in block_sites(config.neuron)
+        ]
+        rows = len(self.site_names) if config.neuron.kind == "elastic" else 0
+        self.register_buffer("amplitudes", torch.empty(rows, config.num_timesteps, dtype=torch.float32))
+        self.register_buffer("calibrated", torch.empty((), dtype=torch.bool))
+        self._checked: tuple[int, int] | None = None
+        self.reset_amplitudes()
+
+    def reset_amplitudes(self) -> None:
+        """Forget the amplitudes: the model must be calibrated before its next use."""
+        nn.init.constant_(self.amplitudes, float("nan"))
+        nn.init.constant_(self.calibrated, self.amplitudes.numel() == 0)
+
+    def forward(
+        self, x_BLD: Tensor, attention_mask_BL: Tensor | None = None, calibrate: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Runs T timesteps: returns the mean last hidden state [B, L, D] and the sums of SpikeStats [S, T, 5]."""
+        amplitudes = torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes()
+        visible_BL = None if attention_mask_BL is None else attention_mask_BL.to(torch.bool)
+        mask_B11L = None if visible_BL is None else visible_BL[:, None, None, :]
+        counted_BL = None if self.config.neuron.count_padding else visible_BL
+        x_TBLD = expand_time(x_BLD, self.config.num_timesteps)
+        sums = []
+        for layer, rows in zip(self.layers, self._rows(amplitudes), strict=True):
+            x_TBLD, layer_sums = layer(x_TBLD, rows, mask_B11L, counted_BL, calibrate)
+            sums.append(layer_sums)
+        if calibrate:
+            self.amplitudes.copy_(amplitudes)
+            self.calibrated.fill_(True)
+        none = torch.zeros(0, self.config.num_timesteps, len(STATISTICS), dtype=torch.float64, device=x_BLD.device)
+        return collapse_time(x_TBLD), torch.cat([none, *sums])
+
+    def _rows(self, amplitudes: Tensor) -> list[Tensor]:
+        return list(amplitudes.view(len(self.layers), -1, self.config.num_timesteps)) if len(self.layers) else []
+
+    def _calibrated_amplitudes(self) -> Tensor:
+        # Reading the flag waits for the device, so it is read again only after the buffer has changed.
+        version = (id(self.calibrated), self.calibrated._version)
+        if version != self._checked:
+            if not bool(self.calibrated):
+                raise RuntimeError(
+                    "the spike amplitudes are not calibrated: call "
+                    "models.amplitudes.calibrate_amplitudes(model, batch) once, or load a trained checkpoint"
+                )
+            self._checked = version
+        return self.amplitudes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpikeStack":
+        before: dict[str, Any] = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            moved = self._buffers[name]
+            if moved.dtype != exact.dtype:  # .to(dtype) moves weights only: amplitudes stay exact
+                self._buffers[name] = exact.to(moved.device)
+        return self
