@@ -1,0 +1,327 @@
+"""Recipes: a YAML file and command-line overrides into frozen dataclasses, with every fault told at once.
+
+The dataclasses are the only description of what a recipe holds: their annotations are what pydantic checks, their
+attribute docstrings and defaults are what --help prints. Values are written as in YAML, in file and command line alike;
+on the command line a field that holds any number of values is repeated, and a flag may stand alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from data_prep.files import atomic_file
+
+Settings = TypeVar("Settings")
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+FolderName = Annotated[str, Field(min_length=1)]  # Path("") would be the working folder
+
+strict = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
+"""Decorates the dataclass of a whole recipe, whose sections inherit it: unknown fields are faults, and so is nan."""
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; `faults` has one line each: the field, its value, what to do."""
+
+    def __init__(self, faults: Iterable[str], source: str) -> None:
+        self.faults = list(faults)
+        count = f"{len(self.faults)} fault{'s' if len(self.faults) > 1 else ''}"
+        super().__init__("\n  ".join([f"{count} in {source}:", *self.faults]))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check that a field's type cannot make, or that needs several fields; skipped where one of them is at fault."""
+
+    fields: tuple[str, ...]
+    """Dotted names of the fields whose values `faults` is called with."""
+
+    faults: Callable[..., Iterable[str]]
+    """Yields one line per fault."""
+
+
+@dataclass(frozen=True)
+class RecipeField:
+    """One field of a tree of dataclasses, or one of its sections."""
+
+    name: str  # dotted
+    type: Any
+    default: Any  # MISSING where the recipe must give a value
+    doc: str
+
+    @property
+    def is_section(self) -> bool:
+        return is_dataclass(self.type)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the command line names it once for each of its values, of which there may be any number."""
+        return get_origin(self.type) is tuple and get_args(self.type)[1:] == (...,)
+
+    def parse(self, text: str) -> Any:
+        """What `text` on the command line stands for. Text is taken as it is: a run may be called 123, or null."""
+        if (get_args(self.type)[0] if self.is_repeated else self.type) is str:
+            return text
+        try:
+            return yaml.load(text, RecipeLoader)
+        except yaml.YAMLError:
+            return text  # the field's type says what is wrong with it
+
+
+RECIPE = RecipeField("recipe", str, None, "YAML file of the fields below, sections nested.")
+UNKNOWN = RecipeField("", Any, MISSING, "")
+
+_adapter = cache(TypeAdapter)
+
+
+def run_command(run: Callable[[], int | None]) -> int:
+    """The exit status that `run` gives, or 0; for input that cannot work 2, with the error on stderr, no traceback."""
+    try:
+        return run() or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def load_settings(
+    settings_type: type[Settings], argv: Sequence[str] | None, command: str, rules: Sequence[Rule] = ()
+) -> Settings:
+    """The settings that `--recipe FILE` and the overrides `--field VALUE` in `argv`, or sys.argv, describe.
+
+    --help prints the fields of `command` and exits. Raises ConfigError with all faults of file, command line, fields
+    and rules together.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(_help_text(settings_type, command))
+        sys.exit(0)
+    faults: list[str] = []
+    known = known_fields(settings_type)
+    overrides = _read_arguments(argv, known, faults)
+    recipe = overrides.pop(RECIPE.name, None)
+    tree = _read_yaml(Path(recipe), faults) if recipe is not None else {}
+    for name, value in overrides.items():
+        _assign(tree, name.split("."), value)
+    settings, at_fault = _validate(settings_type, tree)
+    faults.extend(at_fault.values())
+    for rule in rules:
+        if not any(_overlap(name, other) for name in rule.fields for other in at_fault):
+            faults.extend(rule.faults(*(_value(tree, known[name]) for name in rule.fields)))
+    if faults:
+        raise ConfigError(faults, recipe or "the command line")
+    return settings
+
+
+def settings_to_dict(settings: Any) -> dict[str, Any]:
+    """`settings` in the types of YAML and JSON, sections nested."""
+    return _adapter(type(settings)).dump_python(settings, mode="json")
+
+
+def settings_from_dict(settings_type: type[Settings], tree: Mapping[str, Any]) -> Settings:
+    """What `settings_to_dict` was given. Raises ConfigError; rules are not checked: files may have moved since."""
+    settings, faults = _validate(settings_type, dict(tree))
+    if faults:
+        raise ConfigError(faults.values(), "the saved settings")
+    return settings
+
+
+def save_settings(settings: Any, path: Path) -> None:
+    """Write `settings` as a recipe that loads as equal; `path` holds the old or the new one whole, never a part."""
+    with atomic_file(path) as file:
+        file.write(yaml.safe_dump(settings_to_dict(settings), sort_keys=False).encode())
+
+
+def _help_text(settings_type: type, command: str) -> str:
+    """Every field with its meaning, type and default, section by section."""
+    usage = f"{command} [--recipe FILE] [--field VALUE ...]"
+    notes = "Values are written as in YAML. A bool may stand alone; tuple[T, ...] is given one T at a time, repeated."
+    parser = argparse.ArgumentParser(usage=usage, description=settings_type.__doc__, epilog=notes, add_help=False)
+    group = parser.add_argument_group("arguments")
+    group.add_argument(f"--{RECIPE.name}", metavar="FILE", help=RECIPE.doc)
+    for field in known_fields(settings_type).values():
+        if field.is_section:
+            group = parser.add_argument_group(field.name, field.doc)
+            continue
+        default = "required" if field.default is MISSING else f"default: {json.dumps(field.default)}"
+        text = f"{field.doc} ({_type_name(field.type)}; {default})".replace("%", "%%")
+        group.add_argument(f"--{field.name}", metavar="VALUE", help=text)
+    return parser.format_help()
+
+
+@cache
+def known_fields(settings_type: type) -> dict[str, RecipeField]:
+    """All fields by dotted name, depth first: plain fields before sections, a section before its fields."""
+    types = get_type_hints(settings_type)
+    docs = _attribute_docs(settings_type)
+    known = {}
+    for field in sorted(fields(settings_type), key=lambda field: is_dataclass(types[field.name])):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        doc = docs.get(field.name) or types[field.name].__doc__.partition("\n")[0]
+        known[field.name] = RecipeField(field.name, types[field.name], default, doc)
+        if known[field.name].is_section:
+            for inner in known_fields(types[field.name]).values():
+                name = f"{field.name}.{inner.name}"
+                known[name] = replace(inner, name=name)
+    return known
+
+
+def _attribute_docs(settings_type: type) -> dict[str, str]:
+    """The docstring beneath each field that has one; a section may rely on its type's."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(settings_type))).body
+    return {
+        field.target.id: " ".join(doc.value.value.split())
+        for field, doc in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
+
+
+def _type_name(type_: Any) -> str:
+    origin, names = get_origin(type_), [_type_name(part) for part in get_args(type_)]
+    if origin in (Literal, Union, UnionType):
+        return " | ".join(names)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(names)}]"
+    return {NoneType: "null", ...: "..."}.get(type_) or getattr(type_, "__name__", str(type_))
+
+
+def _read_arguments(argv: Sequence[str], known: Mapping[str, RecipeField], faults: list[str]) -> dict[str, Any]:
+    """Values by name, the recipe's path among them, the latest last; the launcher's --local_rank is left out."""
+    given: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, text = argument.removeprefix("--").partition("=")
+        field = RECIPE if name == RECIPE.name else known.get(name, UNKNOWN)
+        if not argument.startswith("--"):
+            faults.append(f"{argument}: what is this the value of? Fields are set by --field VALUE")
+        elif equals or (rest and not rest[0].startswith("--")):
+            value, before = field.parse(text if equals else rest.pop(0)), given.pop(name, ())
+            given[name] = (*before, value) if field.is_repeated else value
+        elif field.type is bool:
+            given[name] = True
+        else:
+            faults.append(f"{name}: has no value: write --{name} VALUE")
+    given.pop("local_rank", None)
+    return given
+
+
+def _read_yaml(path: Path, faults: list[str]) -> dict[str, Any]:
+    try:
+        loader = RecipeLoader(path.read_text(encoding="utf-8"))
+        tree = loader.get_single_data()
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"recipe: {path} cannot be read: {getattr(error, 'strerror', None) or error}")
+    except yaml.YAMLError as error:
+        faults.append(f"recipe: {path} is not YAML: {' '.join(str(error).split())}")
+    else:
+        faults.extend(loader.duplicates)
+        if isinstance(tree, Mapping):
+            return tree
+        if tree is not None:
+            faults.append(f"recipe: {path} holds {type(tree).__name__}, not fields: write `field: value` lines")
+    return {}
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without surprises: duplicate keys are noticed, 2e-4 is a number (as in YAML 1.2), a date is text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.duplicates: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                self.duplicates.append(f"{name}: given in line {seen[name]} and again in line {line}: keep one of them")
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+RecipeLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def _value(tree: Mapping[str, Any], field: RecipeField) -> Any:
+    """What the valid `tree` gives for `field`, or its default."""
+    value: Any = tree
+    for key in field.name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return field.default
+        value = value[key]
+    return value
+
+
+def _overlap(name: str, other: str) -> bool:
+    """Whether one of two dotted names is the other or lies within it."""
+    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
+
+
+def _validate(settings_type: type[Settings], tree: dict[str, Any]) -> tuple[Settings | None, dict[str, str]]:
+    """The settings, or None, and the faults by dotted name."""
+    known = known_fields(settings_type)
+    for field in known.values():
+        if field.is_section and "." not in field.name:
+            tree.setdefault(field.name, {})  # so that its missing fields are named one by one
+    try:
+        # Strict JSON takes lists for tuples and mappings for dataclasses, yet no text for a number and no 1 for true.
+        return _adapter(settings_type).validate_json(json.dumps(tree, default=str), strict=True), {}
+    except ValidationError as error:
+        details = {".".join(map(str, detail["loc"])): detail for detail in error.errors()}
+    return None, {name: _describe(name, detail, known) for name, detail in details.items()}
+
+
+def _describe(name: str, detail: Mapping[str, Any], known: Iterable[str]) -> str:
+    """One line for the pydantic error of a field."""
+    value = detail["input"]
+    match detail["type"]:
+        case "missing":
+            return f"{name}: missing: set it in the recipe, or by --{name} VALUE"
+        case "unexpected_keyword_argument":
+            return f"{name}: unknown field, with value {value!r}: {_suggest(name, known)}"
+        case "dataclass_type":
+            return f"{name}: {value!r} is not a section: write its fields beneath it, or leave it out"
+        case "value_error":
+            return f"{name}: {detail['ctx']['error']}"
+    message = detail["msg"].replace("Input should", "should", 1)
+    return f"{name}: {value!r} {message}" if message.startswith("should") else f"{name}: {value!r}: {message}"
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """The field that was meant: of the same section, else of any, by the last part of its name."""
+    section, _, last = name.rpartition(".")
+    parts = [other.rpartition(".") for other in known]
+    anywhere = {short: f"{place}{dot}{short}" for place, dot, short in parts}
+    siblings = {short: f"{place}{dot}{short}" for place, dot, short in parts if place == section}
+    for names in (siblings, anywhere):
+        if close := difflib.get_close_matches(last, names, n=1):
+            return f"did you mean {names[close[0]]}?"
+    return f"{section or 'a recipe'} has {', '.join(siblings)}"

@@ -1,0 +1,386 @@
+"""Shards: tars of .npy blocks of rows, an index of byte offsets and checksums, and a reader by row number.
+
+A folder of shards holds index.json and the tars it names. A tar is an ordinary WebDataset: each block of rows is one
+sample, whose members `<key>.<field>.npy` have the rows along their first axis. A row's id is its number in the index.
+Read by WebDataset, name the members to decode, `.decode(only=["ids.npy", ...])`: others might hold code.
+"""
+
+import io
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import xxhash
+
+from data_prep.files import atomic_file, hash_file, json_bytes, read_record
+
+INDEX_VERSION = 1
+INDEX_NAME = "index.json"
+OPEN_SHARDS = 256  # descriptors a reader keeps: a process may have 1,024 by default, and training has two readers
+REMEDY = "copy the file again, or build the shards anew"
+
+
+class CorruptShard(ValueError):
+    """Shards that are not what their index says; `faults` has a line for each: file, found, expected, remedy."""
+
+    def __init__(self, *faults: str) -> None:
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a block: `width` values of numpy type `dtype` for each row; width 0: one value, no second axis."""
+
+    name: str
+    dtype: Literal["uint8", "uint16", "uint32"]
+    width: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * max(self.width, 1)
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        return (rows, self.width) if self.width else (rows,)
+
+
+def ids_dtype(vocab_size: int) -> str:
+    """The smallest type that holds every token id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def pair_fields(row_length: int, ids_type: str) -> tuple[Field, ...]:
+    """The fields of sentence-pair rows, as data_prep.packing makes them."""
+    return (
+        Field("ids", ids_type, row_length),
+        Field("length", "uint16"),
+        Field("first_length", "uint16"),
+        Field("next_sentence_label", "uint8"),
+    )
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the index knows of one tar: `rows` of each block, and in `offsets` where each field's blocks begin."""
+
+    name: str
+    bytes: int
+    xxh3_128: str
+    rows: list[int]
+    offsets: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A folder's index.json. `tokenizer` is the fingerprint of the tokenizer that the ids belong to."""
+
+    row_length: int
+    tokenizer: str
+    fields: tuple[Field, ...]
+    shards: tuple[ShardRecord, ...]
+    version: int = INDEX_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of index.json. It names the rows and their order, since it covers every shard's hash."""
+        return xxhash.xxh3_128_hexdigest(self._json())
+
+    def save(self, folder: Path) -> None:
+        with atomic_file(folder / INDEX_NAME) as file:
+            file.write(self._json())
+
+    def _json(self) -> bytes:
+        return json_bytes(asdict(self), indent=None)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read and check index.json.
+
+        Raises:
+            CorruptShard: missing, of another version, or inconsistent in itself.
+        """
+        path = folder / INDEX_NAME
+        if not path.is_file():
+            raise CorruptShard(f"{path} does not exist: is {folder} a finished folder of shards?")
+        try:
+            index = read_record(cls, path, INDEX_VERSION)
+        except ValueError as error:
+            raise CorruptShard(f"{error}; {REMEDY}") from None
+        for shard in index.shards:
+            index._check_blocks(shard, path)
+        return index
+
+    def _check_blocks(self, shard: ShardRecord, path: Path) -> None:
+        if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
+            raise CorruptShard(f"{path}: {shard.name!r} is no name of a shard in this folder; {REMEDY}")
+        expected = {field.name: len(shard.rows) for field in self.fields}
+        found = {name: len(offsets) for name, offsets in shard.offsets.items()}
+        if found != expected:
+            raise CorruptShard(f"{path}: {shard.name} has block offsets {found}, expected {expected}; {REMEDY}")
+
+
+class ShardWriter:
+    """Writes rows to `<prefix>-0000.tar`, `<prefix>-0001.tar` ... in blocks; equal rows give equal bytes.
+
+    It holds one shard's rows in memory. A shard gets its name only when it is whole and on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        fields: Sequence[Field],
+        *,
+        rows_per_block: int = 1024,
+        blocks_per_shard: int = 16,
+    ) -> None:
+        self.folder = folder
+        self.prefix = prefix
+        self.fields = tuple(fields)
+        self.rows_per_block = rows_per_block
+        self.rows_per_shard = rows_per_block * blocks_per_shard
+        self.records: list[ShardRecord] = []
+        self._waiting = {field.name: np.empty(field.shape(0), field.dtype) for field in fields}
+
+    def write(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Append rows: for each field an array with the rows along its first axis."""
+        count = len(rows[self.fields[0].name])
+        for field in self.fields:
+            array = rows[field.name]
+            if array.shape != field.shape(count) or array.dtype != field.dtype:
+                expected = f"{field.dtype}{list(field.shape(count))}"
+                raise ValueError(f"rows of {field.name}: {array.dtype}{list(array.shape)}, expected {expected}")
+        waiting = {name: np.concatenate([array, rows[name]]) for name, array in self._waiting.items()}
+        total = len(waiting[self.fields[0].name])
+        whole = total - total % self.rows_per_shard
+        for start in range(0, whole, self.rows_per_shard):
+            self._write_shard({name: array[start : start + self.rows_per_shard] for name, array in waiting.items()})
+        self._waiting = {name: array[whole:].copy() for name, array in waiting.items()}
+
+    def finish(self) -> list[ShardRecord]:
+        """Write what is waiting and give the records of all shards, in order; none if there were no rows."""
+        if len(self._waiting[self.fields[0].name]):
+            self._write_shard(self._waiting)
+        return self.records
+
+    def _write_shard(self, rows: Mapping[str, np.ndarray]) -> None:
+        stem = f"{self.prefix}-{len(self.records):04d}"
+        counts, offsets, content = _tar_of_blocks(stem, self.fields, rows, self.rows_per_block)
+        with atomic_file(self.folder / f"{stem}.tar") as file:
+            file.write(content)
+        digest = xxhash.xxh3_128_hexdigest(content)
+        self.records.append(ShardRecord(f"{stem}.tar", len(content), digest, counts, offsets))
+
+
+def _tar_of_blocks(
+    stem: str, fields: Sequence[Field], rows: Mapping[str, np.ndarray], rows_per_block: int
+) -> tuple[list[int], dict[str, list[int]], memoryview]:
+    """Rows of each block, byte offsets of each field's blocks, and the tar itself."""
+    from webdataset import TarWriter  # takes seconds; training imports this module for the reader alone
+
+    counts: list[int] = []
+    offsets: dict[str, list[int]] = {field.name: [] for field in fields}
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False, user="spikelm", group="spikelm", mtime=0) as tar:
+        for block, start in enumerate(range(0, len(rows[fields[0].name]), rows_per_block)):
+            for field in fields:
+                array = np.ascontiguousarray(rows[field.name][start : start + rows_per_block])
+                npy = _npy_bytes(array)
+                offsets[field.name].append(tar.tarstream.offset + tarfile.BLOCKSIZE + len(npy) - array.nbytes)
+                tar.write({"__key__": f"{stem}-{block:05d}", f"{field.name}.npy": npy})
+            counts.append(len(array))
+    return counts, offsets, buffer.getbuffer()
+
+
+def _npy_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+class ShardReader:
+    """The rows of a folder of shards by their ids. Shards are opened when first read, and anew in every process.
+
+    Memory grows with the number of blocks, not of rows. Copies by fork or by pickling may be used at once.
+
+    Attributes:
+        row_length: positions of a row
+        fields: names of the arrays that `read` gives
+        fingerprint: names the rows and their order
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises CorruptShard where the index is missing or not consistent; shards are checked when they are opened."""
+        self.folder = Path(folder)
+        index = ShardIndex.load(self.folder)
+        self.row_length = index.row_length
+        self.fields = tuple(field.name for field in index.fields)
+        self.fingerprint = hash_file(self.folder / INDEX_NAME)
+        self._index_fields = index.fields
+        self._files = [(shard.name, shard.bytes) for shard in index.shards]
+        rows = np.array([count for shard in index.shards for count in shard.rows], np.int64)
+        self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])  # of each block, and the total
+        self._shard_of_block = np.repeat(np.arange(len(index.shards)), [len(shard.rows) for shard in index.shards])
+        self._offsets = {
+            name: np.array([offset for shard in index.shards for offset in shard.offsets[name]], np.int64)
+            for name in self.fields
+        }
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently used first
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the open shards; reading opens them again."""
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+        self._descriptors = OrderedDict()
+
+    def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows with these ids (int64 [n]), in their order: ids [n, row_length], the other fields [n].
+
+        Raises:
+            IndexError: an id outside [0, len(self)).
+            CorruptShard: a shard is missing, or shorter or longer than the index says.
+        """
+        sample_ids = np.asarray(sample_ids, np.int64)
+        if sample_ids.size and not 0 <= sample_ids.min() <= sample_ids.max() < len(self):
+            found = f"{sample_ids.min()} to {sample_ids.max()}"
+            raise IndexError(f"sample ids {found}, but {self.folder} has rows 0 to {len(self) - 1}")
+        blocks = np.searchsorted(self._first_row, sample_ids, side="right") - 1
+        rows = sample_ids - self._first_row[blocks]
+        shards = self._shard_of_block[blocks].tolist()
+        batch = {}
+        for field in self._index_fields:
+            batch[field.name] = np.empty(field.shape(len(sample_ids)), field.dtype)
+            offsets = self._offsets[field.name][blocks] + rows * field.row_bytes
+            self._read_rows(batch[field.name], field.row_bytes, shards, offsets.tolist())
+        return batch
+
+    def _read_rows(self, array: np.ndarray, row_bytes: int, shards: list[int], offsets: list[int]) -> None:
+        target = memoryview(array).cast("B") if array.size else memoryview(b"")
+        for row, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
+            begin = row * row_bytes
+            count = os.preadv(self._descriptor(shard), [target[begin : begin + row_bytes]], offset)
+            if count != row_bytes:
+                name = self.folder / self._files[shard][0]
+                raise CorruptShard(f"{name}: {count} bytes at offset {offset}, expected {row_bytes}; {REMEDY}")
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+            return self._descriptors[shard]
+        if len(self._descriptors) >= OPEN_SHARDS:
+            os.close(self._descriptors.popitem(last=False)[1])
+        name, size = self._files[shard]
+        if fault := size_fault(self.folder / name, size):
+            raise CorruptShard(fault)
+        self._descriptors[shard] = os.open(self.folder / name, os.O_RDONLY)
+        return self._descriptors[shard]
+
+    def check_sizes(self) -> None:
+        """Look at the name and size of every shard and open none.
+
+        Raises:
+            CorruptShard: with every fault found.
+        """
+        faults = [size_fault(self.folder / name, size) for name, size in self._files]
+        if any(faults):
+            raise CorruptShard(*filter(None, faults))
+
+    def verify(self) -> None:
+        """Read every shard whole: sizes, hashes, members, and that the folder holds no other tar.
+
+        Raises:
+            CorruptShard: with every fault found.
+        """
+        index = ShardIndex.load(self.folder)
+        faults = [fault for shard in index.shards for fault in _shard_faults(self.folder, shard, index.fields)]
+        known = {shard.name for shard in index.shards}
+        strays = sorted(path for path in self.folder.glob("*.tar") if path.name not in known)
+        faults += [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]
+        if faults:
+            raise CorruptShard(*faults)
+
+
+def size_fault(path: Path, size: int) -> str | None:
+    """What is wrong with a file that should have `size` bytes."""
+    if not path.is_file():
+        return f"{path}: missing, expected {size} bytes; {REMEDY}"
+    found = path.stat().st_size
+    return None if found == size else f"{path}: {found} bytes, expected {size}; {REMEDY}"
+
+
+def _shard_faults(folder: Path, shard: ShardRecord, fields: Sequence[Field]) -> list[str]:
+    path = folder / shard.name
+    if fault := size_fault(path, shard.bytes):
+        return [fault]
+    if (found := hash_file(path)) != shard.xxh3_128:
+        return [f"{path}: xxh3_128 {found}, expected {shard.xxh3_128}; {REMEDY}"]
+    try:
+        if _scan_members(path, fields) == (shard.rows, shard.offsets):
+            return []
+    except CorruptShard as error:
+        return list(error.faults)
+    return [f"{path}: its blocks are not those of {INDEX_NAME}; build the shards anew"]
+
+
+def scan_shard(path: Path, fields: Sequence[Field]) -> ShardRecord:
+    """A shard's record from the file alone.
+
+    Raises:
+        CorruptShard: no tar, or a member that is not one of our blocks: WebDataset would run what some suffixes hold.
+    """
+    rows, offsets = _scan_members(path, fields)
+    return ShardRecord(path.name, path.stat().st_size, hash_file(path), rows, offsets)
+
+
+def _scan_members(path: Path, fields: Sequence[Field]) -> tuple[list[int], dict[str, list[int]]]:
+    """Rows of each block, and byte offsets of each field's blocks."""
+    counts: list[int] = []
+    offsets: dict[str, list[int]] = {field.name: [] for field in fields}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for number, member in enumerate(tar):
+                block, field = divmod(number, len(fields))
+                expected = f"{path.stem}-{block:05d}.{fields[field].name}.npy"
+                if member.name != expected or not member.isreg():
+                    raise CorruptShard(f"{path}: holds {member.name!r}, expected {expected!r}; do not use this file")
+                rows, header_bytes = _read_block_header(tar, member, fields[field], path)
+                if field == 0:
+                    counts.append(rows)
+                elif rows != counts[-1]:
+                    raise CorruptShard(f"{path}: {member.name} has {rows} rows, expected {counts[-1]}; {REMEDY}")
+                offsets[fields[field].name].append(member.offset_data + header_bytes)
+    except tarfile.TarError as error:
+        raise CorruptShard(f"{path}: not a whole tar file: {error}; {REMEDY}") from None
+    if {len(places) for places in offsets.values()} != {len(counts)}:
+        raise CorruptShard(f"{path}: the last block lacks members, expected {', '.join(offsets)}; {REMEDY}")
+    return counts, offsets
+
+
+def _read_block_header(tar: tarfile.TarFile, member: tarfile.TarInfo, field: Field, path: Path) -> tuple[int, int]:
+    """Rows of a block and bytes of its .npy header."""
+    stream = tar.extractfile(member)
+    try:
+        np.lib.format.read_magic(stream)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise CorruptShard(f"{path}: {member.name} is no .npy array: {error}; {REMEDY}") from None
+    rows = shape[0] if shape else 0
+    size = stream.tell() + rows * field.row_bytes
+    if dtype != field.dtype or shape != field.shape(rows) or fortran_order or size != member.size:
+        found, expected = f"{dtype}{list(shape)}", f"{field.dtype}{list(field.shape(rows))}"
+        raise CorruptShard(f"{path}: {member.name} is {found} in {member.size} bytes, expected {expected}; {REMEDY}")
+    return rows, stream.tell()

@@ -1,0 +1,77 @@
+"""Tokenizers as everything downstream sees them: a transformers folder, a fingerprint, a function from texts to ids."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from data_prep.files import hash_json
+from data_prep.origin import Origin
+
+TRAINING_RECORD = "training.json"  # beside a tokenizer of ours: what it was trained on
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a tokenizer of ours was trained on, and its fingerprint."""
+
+    origin: Origin
+    fingerprint: str
+
+
+TokenEncoder = Callable[[Sequence[str]], list[list[int]]]
+
+
+def check_tokenizer_folder(path: str | Path) -> str | Path:
+    """`path`, if it is a folder; ValueError otherwise."""
+    if not Path(path).is_dir():
+        raise ValueError(f"tokenizer folder {path} does not exist: train one by python -m data_prep.train_tokenizer")
+    return path
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a transformers folder, ours or another's. Nothing is fetched and no code of the folder is run.
+
+    Raises:
+        ValueError: no folder, no tokenizer in it, or none that the `tokenizers` library can run.
+    """
+    check_tokenizer_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} holds no tokenizer that transformers can load: {reason}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{path}: {type(tokenizer).__name__} is a slow tokenizer; save its fast form (tokenizer.json)")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """xxh3-128 of all that decides ids: vocabulary, merges, normalizer, splitting, special tokens; not of padding."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["padding"], state["truncation"]  # set by whoever called the tokenizer last
+    return hash_json([state, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}])
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id and one: rows of an embedding table. len(tokenizer) is smaller where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TokenEncoder:
+    """A function from texts to their ids, whole and without special tokens; "[SEP]" or "</s>" in a text is text.
+
+    It works on a copy, so that padding or truncation set on `tokenizer` changes nothing.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode

@@ -1,0 +1,144 @@
+"""Command: train a tokenizer on the documents that are not held out, and save it as a transformers folder.
+
+python -m data_prep.train_tokenizer --input X [--input Y] --kind wordpiece --vocab_size 30522 --output DIR
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from data_prep.files import read_record, write_json
+from data_prep.origin import Inputs, Origin, faults_of, record_input, refusal
+from data_prep.recipes import BelowOne, FolderName, load_settings, run_command, strict
+from data_prep.sources import hash_share, is_heldout, plan_units, read_unit
+from data_prep.tokenization import TRAINING_RECORD, TrainingRecord, load_tokenizer, tokenizer_fingerprint
+from data_prep.tokenizer_models import train_sentencepiece, train_wordpiece
+
+MODEL_NAME = "sentencepiece.model"
+SAMPLE_SALT = 1  # so that sampling does not go by the hash that holds out
+
+
+@strict
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Train a WordPiece or SentencePiece tokenizer and save it as a folder that transformers loads."""
+
+    input: Inputs
+    """Wikipedia .xml or .xml.bz2, .jsonl, .txt, a folder of such files, or package://NAME/FILE; may be repeated."""
+
+    kind: Literal["wordpiece", "sentencepiece"]
+    """WordPiece as BERT has it, or SentencePiece's unigram model with byte fallback."""
+
+    vocab_size: Annotated[int, Field(ge=256)]
+    """Entries of the vocabulary, special tokens included."""
+
+    output: FolderName
+    """Folder to write."""
+
+    lowercase: bool = False
+    """Make text lower-case first; WordPiece then drops accents too, as uncased BERT does."""
+
+    text_field: str = "text"
+    """Key of the text in a JSON line."""
+
+    heldout_fraction: BelowOne = 0.01
+    """Share of the documents to leave out: the same as for build_shards, or more."""
+
+    sample_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the other documents to train on; a few GB of text are plenty, and SentencePiece holds them in memory."""
+
+    overwrite: bool = False
+    """Replace another tokenizer in the output folder."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(lambda: train(load_settings(TokenizerSettings, argv, "python -m data_prep.train_tokenizer")))
+
+
+def train(settings: TokenizerSettings) -> None:
+    """Train and save, unless that is done already."""
+    output = Path(settings.output)
+    origin = origin_of(settings)
+    if is_trained(output, origin, settings.overwrite):
+        print(f"{output} is trained already with these settings: nothing to do")
+        return
+    with tqdm(unit=" documents", file=sys.stderr, mininterval=1) as progress:
+        texts = partial(training_texts, settings, progress)
+        if settings.kind == "wordpiece":
+            tokenizer, model = train_wordpiece(texts, settings.vocab_size, settings.lowercase), None
+        else:
+            tokenizer, model = train_sentencepiece(texts, settings.vocab_size, settings.lowercase)
+    save(output, tokenizer, model, origin)
+    print(f"{output}: {settings.kind} tokenizer with {len(tokenizer):,} entries")
+
+
+def origin_of(settings: TokenizerSettings) -> Origin:
+    """What the vocabulary will depend on."""
+    deciding = asdict(settings)
+    for name in ("input", "output", "overwrite"):
+        del deciding[name]
+    return Origin(deciding, tuple(map(record_input, settings.input)))
+
+
+def is_trained(output: Path, origin: Origin, overwrite: bool) -> bool:
+    """Whether the folder holds this very tokenizer.
+
+    Raises:
+        ValueError: it holds another one that may not be replaced, or files that are no tokenizer of ours.
+    """
+    if not (output / TRAINING_RECORD).exists():
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} holds files of another origin: choose another --output")
+        return False
+    faults = faults_of(saved_record, output, origin)
+    if faults and not overwrite:
+        raise refusal(output, faults)
+    return not faults
+
+
+def saved_record(output: Path) -> TrainingRecord:
+    """What the tokenizer in the folder was trained on.
+
+    Raises:
+        ValueError: the record cannot be read, or the tokenizer is not the one that was saved with it.
+    """
+    record = read_record(TrainingRecord, output / TRAINING_RECORD)
+    if tokenizer_fingerprint(load_tokenizer(output)) != record.fingerprint:
+        raise ValueError(f"{output} is not as it was saved: its fingerprint is not {record.fingerprint}")
+    return record
+
+
+def training_texts(settings: TokenizerSettings, progress: tqdm) -> Iterator[str]:
+    """The texts of the documents that are neither held out nor left out by sampling."""
+    progress.reset()
+    for unit in plan_units(settings.input, text_field=settings.text_field):
+        for document in read_unit(unit):
+            progress.update()
+            is_sampled = hash_share(document.text, SAMPLE_SALT) < settings.sample_fraction
+            if is_sampled and not is_heldout(document.text, settings.heldout_fraction):
+                yield document.text
+
+
+def save(output: Path, tokenizer: PreTrainedTokenizerFast, model: bytes | None, origin: Origin) -> None:
+    """Put the finished folder in its place at once, for what was there."""
+    unfinished = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tokenizer.save_pretrained(unfinished)
+    if model is not None:
+        (unfinished / MODEL_NAME).write_bytes(model)
+    write_json(unfinished / TRAINING_RECORD, asdict(TrainingRecord(origin, tokenizer_fingerprint(tokenizer))))
+    if output.exists():
+        shutil.rmtree(output)
+    unfinished.rename(output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from data_prep.manifest import SPLITS, Counts, Manifest, UnitRecord, check_folder, rebuild_indexes, verify
+from data_prep.origin import InputRecord, Origin, record_input
+from data_prep.shards import CorruptShard, ShardIndex, ShardReader, ShardWriter
+from data_prep.tokenization import load_tokenizer
+
+ORIGIN = Origin({"row_length": 8, "seed": 0}, (InputRecord("a.txt", 1, 10, "aa"), InputRecord("b.txt", 1, 20, "bb")))
+PLAN = Manifest(ORIGIN, tokenizer_fingerprint="t", vocab_size=100)
+
+
+@pytest.fixture
+def root(tiny_shards, tmp_path):
+    """A copy of the tiny shards to break."""
+    return shutil.copytree(tiny_shards, tmp_path / "shards")
+
+
+def test_a_manifest_comes_back(tmp_path):
+    manifest = replace(PLAN, counts={"train": Counts(1, 2, 3)}, indexes={"train": "x"})
+    manifest.save(tmp_path / "manifest.json")
+    assert Manifest.load(tmp_path) == manifest
+    assert manifest.row_length == 8
+    assert [field.name for field in manifest.fields] == ["ids", "length", "first_length", "next_sentence_label"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "manifest.json: version 2, expected 1"),
+        ({"vocab_size": "many"}, "vocab_size: Input should be a valid integer"),
+        ({"surprise": 1}, "surprise: Unexpected keyword argument"),
+        ({"origin": {"settings": {}}}, "origin.inputs: Field required"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path, changes, message):
+    (tmp_path / "manifest.json").write_text(json.dumps({**asdict(PLAN), **changes}))
+    with pytest.raises(ValueError, match=message):
+        Manifest.load(tmp_path)
+
+
+def test_a_missing_manifest_names_the_command(tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist: build the shards by python -m data_prep\.build_shards"):
+        Manifest.load(tmp_path)
+
+
+def test_counts_of_units_are_merged():
+    records = [
+        UnitRecord({"train": Counts(1, 2, 3, 0, 4, 5), "heldout": Counts()}, {"train": (), "heldout": ()}, 1),
+        UnitRecord({"train": Counts(10, 20, 30, 1, 40, 50), "heldout": Counts(1)}, {"train": (), "heldout": ()}, 2),
+    ]
+    merged = PLAN.completed(records, {"train": PLAN.index(())})
+    assert merged.counts == {"train": Counts(11, 22, 33, 1, 44, 55), "heldout": Counts(1)}
+    assert merged.empty_documents == 3
+    assert merged.origin == PLAN.origin
+
+
+def test_unit_records_come_back(tmp_path):
+    record = UnitRecord({"train": Counts(1)}, {"train": ()}, 1)
+    record.save(tmp_path / "unit.json")
+    assert UnitRecord.load(tmp_path / "unit.json") == record
+
+
+def test_differences_are_named_and_moves_are_none():
+    moved = Origin(ORIGIN.settings, tuple(replace(item, name=f"/else/{item.name}") for item in ORIGIN.inputs))
+    assert moved.differences(ORIGIN) == []
+    other = Origin({"row_length": 16, "new": 1}, (replace(ORIGIN.inputs[0], xxh3_128="cc"),))
+    assert other.differences(ORIGIN) == [
+        "new: 1, was None",
+        "row_length: 16, was 8",
+        "seed: None, was 0",
+        "input: 1 inputs, were 2",
+        "input a.txt: 1 file(s) of 10 bytes with hash cc, was 1 file(s) of 10 bytes with hash aa",
+    ]
+
+
+def test_the_record_of_a_folder_follows_names_and_contents(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    before = record_input(str(tmp_path))
+    assert (before.files, before.bytes) == (2, 10)
+    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
+    assert record_input(str(tmp_path)).xxh3_128 != before.xxh3_128
+    (tmp_path / "c.txt").rename(tmp_path / "b.txt")
+    assert record_input(str(tmp_path)) == before
+    assert record_input(str(tmp_path / "a.txt")).files == 1
+
+
+def test_real_shards_are_sound_and_complete(tiny_shards):
+    assert verify(tiny_shards) == []
+    manifest = Manifest.load(tiny_shards)
+    assert sum(counts.documents for counts in manifest.counts.values()) + manifest.empty_documents == 106
+    for split in ("train", "heldout"):
+        reader, counts = ShardReader(tiny_shards / split), manifest.counts[split]
+        assert (len(reader), reader.fingerprint) == (counts.rows, manifest.indexes[split])
+        rows = reader.read(np.arange(len(reader)))
+        assert rows["length"].sum(dtype=int) == counts.row_tokens
+        assert rows["ids"].max() < manifest.vocab_size
+        # Documents' own tokens: A always, B where it follows A.
+        own = np.where(rows["next_sentence_label"] == 0, rows["length"] - 3, rows["first_length"] - 2)
+        assert own.sum(dtype=int) == counts.tokens
+
+
+def test_real_rows_are_english(tiny_shards):
+    tokenizer = load_tokenizer(tiny_shards / "tokenizer")
+    rows = ShardReader(tiny_shards / "train").read(np.arange(3))
+    text = tokenizer.decode(rows["ids"].ravel().tolist(), skip_special_tokens=True)
+    assert text.startswith("Anarchism is a political philosophy that advocates")
+
+
+def test_verify_names_every_fault(root):
+    manifest = Manifest.load(root)
+    replace(manifest, tokenizer_fingerprint="other", indexes={**manifest.indexes, "train": "other"}).save(
+        root / "manifest.json"
+    )
+    (root / "heldout" / "index.json").unlink()
+    faults = verify(root)
+    assert [fault.partition(": ")[2].partition(",")[0] for fault in faults[:3]] == [
+        f"fingerprint {manifest.tokenizer_fingerprint}",
+        f"index fingerprint {manifest.indexes['train']}",
+        f"tokenizer {manifest.tokenizer_fingerprint}",
+    ]
+    assert "heldout/index.json does not exist" in faults[3]
+    shutil.rmtree(root / "tokenizer")
+    assert "tokenizer does not exist" in verify(root)[0]
+
+
+def test_a_whole_folder_passes_the_check_and_gives_its_manifest(root):
+    assert check_folder(str(root)) == Manifest.load(root)
+    with pytest.raises(ValueError, match=r"manifest\.json does not exist"):
+        check_folder(root / "train")
+
+
+def test_the_check_names_every_fault_but_reads_no_row(root):
+    paths = [next((root / split).glob("*.tar")) for split in ("train", "heldout")]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1])
+    index = ShardIndex.load(root / "heldout")
+    replace(index, shards=(*index.shards, index.shards[0])).save(root / "heldout")
+    (root / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(CorruptShard) as caught:
+        check_folder(root)
+    faults = caught.value.faults
+    assert len(faults) == 6  # the heldout shard stands in its index twice
+    assert f"{root / 'tokenizer'} holds no tokenizer" in faults[0]
+    assert faults[1].startswith(f"{paths[0]}: ") and "expected" in faults[1]
+    assert faults[2].startswith(f"{root / 'heldout'}: index fingerprint")
+    assert faults[3].startswith(f"{root / 'heldout'}: rows")
+    assert faults[4].startswith(f"{paths[1]}: ")
+    assert all("copy the file again" in fault or "build the shards anew" in fault for fault in faults)
+
+
+def test_the_check_knows_another_tokenizer(root):
+    settings = json.loads((root / "tokenizer" / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Lowercase"}
+    (root / "tokenizer" / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(CorruptShard, match=rf"{root / 'tokenizer'}: fingerprint .* build the shards anew"):
+        check_folder(root)
+
+
+def test_lost_indexes_are_rebuilt(root):
+    before = {split: (root / split / "index.json").read_bytes() for split in ("train", "heldout")}
+    for split in before:
+        (root / split / "index.json").unlink()
+    assert rebuild_indexes(root) == []
+    assert {split: (root / split / "index.json").read_bytes() for split in before} == before
+
+
+def test_rebuilt_indexes_go_by_number_not_by_name(tmp_path, pair_rows):
+    records = []
+    for split, units in (("train", (999_999, 1_000_000)), ("heldout", (0,))):
+        (tmp_path / split).mkdir()
+        for unit in units:
+            writer = ShardWriter(tmp_path / split, f"{split}-{unit:06d}", PLAN.fields)
+            writer.write(pair_rows(5, 8, seed=unit))
+            records.append((split, writer.finish()[0]))
+    indexes = {split: PLAN.index(shard for where, shard in records if where == split) for split in SPLITS}
+    PLAN.completed((), indexes).save(tmp_path / "manifest.json")
+    assert rebuild_indexes(tmp_path) == []
+    assert ShardIndex.load(tmp_path / "train") == indexes["train"]
+
+
+def test_no_index_is_made_of_other_shards(root):
+    (root / "train" / "index.json").unlink()
+    next((root / "train").glob("*-0001.tar")).unlink()
+    next((root / "heldout").glob("*.tar")).write_bytes(b"no tar")
+    first, second = rebuild_indexes(root)
+    assert "train: a shard is missing, changed or too many" in first
+    assert "not a whole tar file" in second
+    assert not (root / "train" / "index.json").exists()
