@@ -34,12 +34,13 @@ class SpikeAttention(nn.Module):
         q, k, v = self.qkv(neurons.fire(QKV, x_TBLD)).chunk(3, dim=-1)
         k = neurons.fire(KEY, k, memoryless=True)
         v = neurons.fire(VALUE, v, memoryless=True)
-        context = self._attend(q, k, v, mask_B11L)
+        # A view of q would keep the real k and v alive until the backward.
+        context = self._attend(q.contiguous(), k, v, mask_B11L)
         return self.output(neurons.fire(ATTENTION_OUTPUT, context))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask_B11L: Tensor | None) -> Tensor:
         T, B, L, D = q.shape
-        q, k, v = (x.reshape(T * B, L, self.num_heads, -1).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.reshape(T * B, L, self.num_heads, D // self.num_heads).transpose(1, 2) for x in (q, k, v))
         mask = None if mask_B11L is None else mask_B11L.repeat(T, 1, 1, 1)
         dropout = self.dropout if self.training else 0.0
         context_THLK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

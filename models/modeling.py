@@ -1,4 +1,6 @@
-"""SpikeLM models with transformers' interface: the bare encoder and its pretraining heads.
+"""SpikeLM models with transformers' interface: the bare encoder, and its heads for pretraining and classification.
+
+Arguments that a forward does not know are a TypeError. Those that only the encoder knows pass through the heads.
 
 Legend: B batch, L tokens, D width, V vocabulary, N positions that count (label other than -100).
 """
@@ -12,41 +14,50 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
+from .auto import register_auto_classes
 from .config import SpikeLMConfig
 from .layers import SpikeBlock
-from .stack import SpikeEmbeddings, SpikeStack
+from .stack import PositionEmbeddings, SpikeEmbeddings, SpikeStack, sinusoids
 
 IGNORED_LABEL = -100
 
 
 @dataclass
-class SpikeLMModelOutput(ModelOutput):
-    """last_hidden_state [B, L, D] (mean over timesteps), pooler_output [B, D], sums of SpikeStats [S, T, 5]."""
+class SpikeLMModelOutput(BaseModelOutputWithPooling):
+    """What the encoder gives.
 
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
+    last_hidden_state: [B, L, D], the mean over timesteps. pooler_output: [B, D], or None.
+    hidden_states: where asked for, the embeddings and what each layer gives, means over timesteps, [B, L, D] each.
+    spike_stats: sums of SpikeStats over the neurons, [S, T, 5].
+    """
+
     spike_stats: Tensor | None = None
 
 
 @dataclass
-class SpikeLMPreTrainingOutput(ModelOutput):
+class SpikeLMPreTrainingOutput(MaskedLMOutput):
     """Losses and logits of the pretraining heads.
 
     loss: mean over this batch's counted targets, summed over the objectives, as transformers has it.
+    logits: [N, V] where labels were given, else [B, L, V]. next_sentence_logits: [B, 2].
     masked_lm_loss_sum, next_sentence_loss_sum: sums over counted targets in nats, to be divided by a count that may
     span more than this batch.
-    logits: [N, V] where labels were given, else [B, L, V]. next_sentence_logits: [B, 2].
-    spike_stats: sums of SpikeStats over the neurons, [S, T, 5].
+    hidden_states, spike_stats: as in SpikeLMModelOutput.
     """
 
-    loss: Tensor | None = None
+    next_sentence_logits: Tensor | None = None
     masked_lm_loss_sum: Tensor | None = None
     next_sentence_loss_sum: Tensor | None = None
-    logits: Tensor | None = None
-    next_sentence_logits: Tensor | None = None
+    spike_stats: Tensor | None = None
+
+
+@dataclass
+class SpikeLMSequenceClassifierOutput(SequenceClassifierOutput):
+    """loss (a mean), logits [B, num_labels]; hidden_states and spike_stats as in SpikeLMModelOutput."""
+
     spike_stats: Tensor | None = None
 
 
@@ -56,6 +67,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     config_class = SpikeLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # losses are means over the batch given: transformers' Trainer averages them itself
     _supports_sdpa = True
     _no_split_modules = ["SpikeBlock"]
 
@@ -66,6 +78,8 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, PositionEmbeddings) and self.config.position_init == "sinusoidal":
+            init.copy_(module.weight, 2 * std * sinusoids(*module.weight.shape))
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.padding_idx is not None:
@@ -101,19 +115,32 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         calibrate: bool = False,
-        **kwargs: Any,
     ) -> SpikeLMModelOutput:
         """Inputs are [B, L] as in transformers. `calibrate` belongs to models.amplitudes.calibrate_amplitudes.
 
-        Raises RuntimeError where the amplitudes are not calibrated.
+        Raises RuntimeError where the amplitudes are not calibrated, ValueError for attention weights, which are never
+        formed, and where not exactly one of input_ids and inputs_embeds is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
+        if self._asked_for("output_attentions", output_attentions):
+            raise ValueError("output_attentions is True: SpikeLM never forms attention weights; leave it out")
         embedded_BLD = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden_BLD, stats = self.stack(embedded_BLD, attention_mask, calibrate)
-        pooled_BD = None if self.pooler is None else torch.tanh(self.pooler(hidden_BLD[:, 0]))
-        return SpikeLMModelOutput(last_hidden_state=hidden_BLD, pooler_output=pooled_BD, spike_stats=stats)
+        states = [embedded_BLD] if self._asked_for("output_hidden_states", output_hidden_states) else None
+        observe = None if states is None else states.append
+        hidden_BLD, stats = self.stack(embedded_BLD, attention_mask, calibrate, observe)
+        return SpikeLMModelOutput(
+            last_hidden_state=hidden_BLD,
+            pooler_output=None if self.pooler is None else torch.tanh(self.pooler(hidden_BLD[:, 0])),
+            hidden_states=None if states is None else tuple(states),
+            spike_stats=stats,
+        )
+
+    def _asked_for(self, name: str, value: bool | None) -> bool:
+        return bool(getattr(self.config, name) if value is None else value)
 
 
 class MaskedLMHead(nn.Module):
@@ -133,6 +160,7 @@ class MaskedLMHead(nn.Module):
 class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
     """The encoder with a head for masked tokens."""
 
+    accepts_loss_kwargs = True
     _tied_weights_keys = {"mlm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: SpikeLMConfig) -> None:
@@ -153,15 +181,28 @@ class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> SpikeLMPreTrainingOutput:
-        """Inputs as in SpikeLMModel; labels [B, L], -100 where a token does not count."""
-        output = self.model(input_ids, **kwargs)
+        """Inputs as in SpikeLMModel; labels [B, L], -100 where a token does not count.
+
+        num_items_in_batch: counted tokens of the whole step, to divide the loss by instead of this batch's own.
+        """
+        output = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits, loss_sum = self._predict_tokens(output.last_hidden_state, labels)
+        whole_step = loss_sum is not None and num_items_in_batch is not None
         return SpikeLMPreTrainingOutput(
-            loss=_mean_loss([(loss_sum, labels)]),
-            masked_lm_loss_sum=loss_sum,
+            loss=loss_sum / num_items_in_batch if whole_step else _mean_loss([(loss_sum, labels)]),
             logits=logits,
+            hidden_states=output.hidden_states,
+            masked_lm_loss_sum=loss_sum,
             spike_stats=output.spike_stats,
         )
 
@@ -177,6 +218,8 @@ class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
 class SpikeLMForPreTraining(SpikeLMForMaskedLM):
     """Masked tokens and next sentence, as BERT was pretrained; an objective counts only where labels are given."""
 
+    accepts_loss_kwargs = False  # the Trainer counts one kind of targets only
+
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__(config)
         self.next_sentence_head = nn.Linear(config.hidden_size, 2)
@@ -190,22 +233,64 @@ class SpikeLMForPreTraining(SpikeLMForMaskedLM):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         **kwargs: Any,
     ) -> SpikeLMPreTrainingOutput:
         """Inputs as in SpikeLMModel; labels [B, L]; next_sentence_label [B]: 0 the second segment follows, 1 random."""
-        output = self.model(input_ids, **kwargs)
+        output = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits, token_loss = self._predict_tokens(output.last_hidden_state, labels)
         sentence_logits = self.next_sentence_head(output.pooler_output)
         sentence_loss = None if next_sentence_label is None else _loss_sum(sentence_logits, next_sentence_label)
         return SpikeLMPreTrainingOutput(
             loss=_mean_loss([(token_loss, labels), (sentence_loss, next_sentence_label)]),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            next_sentence_logits=sentence_logits,
             masked_lm_loss_sum=token_loss,
             next_sentence_loss_sum=sentence_loss,
-            logits=logits,
-            next_sentence_logits=sentence_logits,
             spike_stats=output.spike_stats,
+        )
+
+
+class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
+    """The encoder with a linear head on the pooled [CLS], as BERT has it: classes, several labels, or regression."""
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SpikeLMModel(config)
+        own, shared = config.classifier_dropout, config.hidden_dropout_prob
+        self.dropout = nn.Dropout(shared if own is None else own)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SpikeLMSequenceClassifierOutput:
+        """Inputs as in SpikeLMModel; labels as config.problem_type wants them, which they decide where it is None.
+
+        Regression (num_labels 1): [B] floats; one class: [B] integers; several labels: [B, num_labels] floats.
+        """
+        output = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(output.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config)
+        return SpikeLMSequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, spike_stats=output.spike_stats
         )
 
 
@@ -222,4 +307,21 @@ def _mean_loss(terms: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | Non
     return torch.stack(means).sum() if means else None
 
 
-__all__ = ["SpikeBlock", "SpikeLMForMaskedLM", "SpikeLMForPreTraining", "SpikeLMModel", "SpikeLMPreTrainedModel"]
+AUTO_CLASSES: dict[str, type[SpikeLMPreTrainedModel]] = {
+    "AutoModel": SpikeLMModel,
+    "AutoModelForMaskedLM": SpikeLMForMaskedLM,
+    "AutoModelForPreTraining": SpikeLMForPreTraining,
+    "AutoModelForSequenceClassification": SpikeLMForSequenceClassification,
+}
+"""transformers' Auto classes and what each gives for a SpikeLMConfig."""
+
+register_auto_classes(SpikeLMConfig, AUTO_CLASSES)
+
+__all__ = [
+    "SpikeBlock",
+    "SpikeLMForMaskedLM",
+    "SpikeLMForPreTraining",
+    "SpikeLMForSequenceClassification",
+    "SpikeLMModel",
+    "SpikeLMPreTrainedModel",
+]

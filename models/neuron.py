@@ -13,7 +13,7 @@ Elastic bi-spiking (Xing et al., ICML 2024), with a_t = max(alpha_t, 1e-5):
     backward  do_t/dm_t = 1 where -1 <= m_t/a_t <= 1, else 0 (straight-through); alpha gets no gradient, and neither
               does the reset factor of the carry.
 
-A NaN in the input stays a NaN in the output: silence would hide divergence.
+Wherever the membrane is NaN or infinite the output is NaN: silence, or an ordinary spike, would hide divergence.
 """
 
 import math
@@ -46,15 +46,15 @@ def run_neuron(
     """
     compute = _compute_dtype(x_TBLD)
     outputs = []
-    for t, x_BLD in enumerate(x_TBLD.to(compute).unbind(0)):
-        m = x_BLD if carry is None else carry + x_BLD
+    for t, x_BLD in enumerate(x_TBLD.unbind(0)):
+        m = x_BLD.to(compute) if carry is None else carry + x_BLD
         if observe is not None:
             observe(t, m.detach())
-        alpha = alpha_T[t].to(compute)
+        alpha = alpha_T[t].detach().to(compute)
         o = _TernarySpike.apply(m, alpha.clamp(min=AMPLITUDE_FLOOR))
         carry = _carry(m, o.detach(), alpha, leak, reset)
-        outputs.append(o)
-    return torch.stack(outputs).to(x_TBLD.dtype), carry
+        outputs.append(o.to(x_TBLD.dtype))
+    return torch.stack(outputs), carry
 
 
 def run_memoryless(x_TBLD: Tensor, alpha_T: Tensor, *, observe: Observer | None = None) -> Tensor:
@@ -83,14 +83,14 @@ def run_lif(
     """
     compute = _compute_dtype(x_TBLD)
     spikes = []
-    for t, x_BLD in enumerate(x_TBLD.to(compute).unbind(0)):
-        m = x_BLD if carry is None else carry + x_BLD
+    for t, x_BLD in enumerate(x_TBLD.unbind(0)):
+        m = x_BLD.to(compute) if carry is None else carry + x_BLD
         if observe is not None:
             observe(t, m.detach())
         s = _BinarySpike.apply(m)
         carry = None if memoryless else leak * (m * (1 - s.detach()))
-        spikes.append(s)
-    return torch.stack(spikes).to(x_TBLD.dtype), carry
+        spikes.append(s.to(x_TBLD.dtype))
+    return torch.stack(spikes), carry
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -103,14 +103,20 @@ def _carry(m: Tensor, o: Tensor, alpha: Tensor, leak: float, reset: str) -> Tens
     return (m * leak) * (o == 0)
 
 
+def _poisoned(spikes: Tensor, m: Tensor) -> Tensor:
+    """`spikes`, in place, with NaN wherever m is not finite: 0 * m is 0 or NaN."""
+    return spikes.add_(m, alpha=0)
+
+
 class _TernarySpike(torch.autograd.Function):
     """o = clamp(round(m/a), -1, 1) * a with the straight-through gradient inside |m/a| <= 1."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, m: Tensor, amplitude: Tensor) -> Tensor:
         scaled = m / amplitude
-        ctx.save_for_backward(scaled.abs() <= 1)
-        return scaled.round_().clamp_(-1, 1).mul_(amplitude)
+        # Compared in floating point and then narrowed: on CPUs far quicker than comparing into bool.
+        ctx.save_for_backward(scaled.abs().le_(1).to(torch.int8))
+        return _poisoned(scaled.round_().clamp_(-1, 1).mul_(amplitude), m)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
@@ -124,7 +130,7 @@ class _BinarySpike(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, m: Tensor) -> Tensor:
         ctx.save_for_backward(m)
-        return torch.where(m.isnan(), m, (m >= LIF_THRESHOLD).to(m.dtype))
+        return _poisoned((m >= LIF_THRESHOLD).to(m.dtype), m)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:

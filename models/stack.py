@@ -4,14 +4,20 @@ Legend: T spike timesteps (first), B batch, L tokens, D width, S sites of the wh
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .amplitudes import STATISTICS
 from .config import SpikeLMConfig
 from .layers import SpikeBlock, block_sites
+
+
+class PositionEmbeddings(nn.Embedding):
+    """Learned positions: a class of their own, since config.position_init says how they start."""
 
 
 class SpikeEmbeddings(nn.Module):
@@ -20,7 +26,7 @@ class SpikeEmbeddings(nn.Module):
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embeddings = PositionEmbeddings(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -47,6 +53,16 @@ class SpikeEmbeddings(nn.Module):
             token_type_ids_BL = torch.zeros(B, L, dtype=torch.long, device=words.device)
         types = self.token_type_embeddings(token_type_ids_BL)
         return self.dropout(self.norm(words + types + self.position_embeddings(position_ids_BL)))
+
+
+def sinusoids(num_positions: int, width: int) -> Tensor:
+    """Sines and cosines of the position [num_positions, width], as positions to start from (Vaswani et al. 2017, 3.5).
+
+    Wavelengths grow from 2 pi to about 2 pi num_positions, so that the slowest wave spans the table and none is wasted.
+    """
+    frequency = num_positions ** (-torch.arange(0, width, 2) / width)
+    angle = torch.arange(num_positions)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :width]
 
 
 def expand_time(x_BLD: Tensor, num_timesteps: int) -> Tensor:
@@ -84,10 +100,25 @@ class SpikeStack(nn.Module):
         nn.init.constant_(self.amplitudes, float("nan"))
         nn.init.constant_(self.calibrated, self.amplitudes.numel() == 0)
 
+    def set_checkpointing(self, mode: Literal["none", "layer"]) -> None:
+        """What training keeps for the backward: everything (none), or each layer's input, to run the layer again."""
+        if mode not in ("none", "layer"):
+            raise ValueError(f"checkpointing is {mode!r}: use none or layer")
+        for layer in self.layers:
+            layer.gradient_checkpointing = mode == "layer"
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
     def forward(
-        self, x_BLD: Tensor, attention_mask_BL: Tensor | None = None, calibrate: bool = False
+        self,
+        x_BLD: Tensor,
+        attention_mask_BL: Tensor | None = None,
+        calibrate: bool = False,
+        observe: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs T timesteps: returns the mean last hidden state [B, L, D] and the sums of SpikeStats [S, T, 5]."""
+        """Runs T timesteps: returns the mean last hidden state [B, L, D] and the sums of SpikeStats [S, T, 5].
+
+        `observe` is shown the hidden states behind each layer, as their mean over timesteps [B, L, D].
+        """
         amplitudes = torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes()
         visible_BL = None if attention_mask_BL is None else attention_mask_BL.to(torch.bool)
         mask_B11L = None if visible_BL is None else visible_BL[:, None, None, :]
@@ -97,6 +128,8 @@ class SpikeStack(nn.Module):
         for layer, rows in zip(self.layers, self._rows(amplitudes), strict=True):
             x_TBLD, layer_sums = layer(x_TBLD, rows, mask_B11L, counted_BL, calibrate)
             sums.append(layer_sums)
+            if observe:
+                observe(collapse_time(x_TBLD))
         if calibrate:
             self.amplitudes.copy_(amplitudes)
             self.calibrated.fill_(True)
@@ -108,8 +141,9 @@ class SpikeStack(nn.Module):
 
     def _calibrated_amplitudes(self) -> Tensor:
         # Reading the flag waits for the device, so it is read again only after the buffer has changed.
-        version = (id(self.calibrated), self.calibrated._version)
-        if version != self._checked:
+        # A tensor made in inference mode keeps no version.
+        version = None if self.calibrated.is_inference() else (id(self.calibrated), self.calibrated._version)
+        if version is None or version != self._checked:
             if not bool(self.calibrated):
                 raise RuntimeError(
                     "the spike amplitudes are not calibrated: call "

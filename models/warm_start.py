@@ -56,10 +56,11 @@ class WarmStartReport:
 def load_bert(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartReport:
     """Copy the weights of a BERT or released SpikeLM checkpoint into `model`, and its amplitudes where it has them.
 
-    `tensors` are named as BertForPreTraining's state dict; the prefix "bert." may be absent. An amplitude counts as
-    calibrated unless all of its site's values are exactly 1 (the released code's own mark); where any site is not,
-    the whole model stays uncalibrated. Raises ValueError, before anything is copied, where shapes do not match or
-    the encoder's weights are absent.
+    `model` is one of models.modeling, or a SpikeStack alone, which needs no embeddings.
+    `tensors` are named as BertForPreTraining's state dict; the prefix "bert." may be absent. A site counts as
+    calibrated unless all its amplitudes are exactly 1 (the released code's own mark); where any site is not, or has
+    fewer timesteps than the model, the whole model is left uncalibrated, whatever it was before. Raises ValueError,
+    before anything is copied, where shapes do not match or weights of the encoder, embeddings included, are absent.
     """
     theirs = _with_prefix(tensors)
     used: set[str] = set()
@@ -72,6 +73,8 @@ def load_bert(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartRepor
                 report.missing.append(name)
             else:
                 parameter.copy_(wanted[name])
+    if "mlm_head.decoder.bias" in wanted:
+        report.remarks += _untied_decoder(theirs)
     _load_amplitudes(spiking_stack(model), theirs, used, report)
     report.unused = sorted(name for name in set(theirs) - used if not name.endswith(_KNOWN_AND_UNUSED))
     return report
@@ -95,6 +98,7 @@ def _source(name: str, theirs: Mapping[str, Tensor], used: set[str]) -> Tensor |
 
 def bert_names(name: str) -> list[str]:
     """BERT's names for our parameter: three for the fused q, k, v."""
+    name = f"stack.{name}" if name.startswith("layers.") else name  # of a stack alone
     name = name if name.startswith(("model.", "mlm_head.", "next_sentence_head.")) else f"model.{name}"
     if name.startswith("model.stack.layers."):
         index, rest = name.removeprefix("model.stack.layers.").split(".", 1)
@@ -115,36 +119,52 @@ def _refuse_mismatch(parameters: Mapping[str, Tensor], wanted: Mapping[str, Tens
         if source is not None and source.shape != parameters[name].shape
     ]
     faults += [
-        f"{name}: the checkpoint has none" for name, source in wanted.items() if source is None and "stack." in name
+        f"{name}: the checkpoint has none" for name, source in wanted.items() if source is None and _is_encoders(name)
     ]
     if faults:
-        raise ValueError("this checkpoint does not fit the model; change the model's shape:\n  " + "\n  ".join(faults))
+        remedy = "change the model's shape, or take another checkpoint"
+        raise ValueError("\n  ".join([f"this checkpoint does not fit the model; {remedy}:", *faults]))
+
+
+def _is_encoders(name: str) -> bool:
+    return any(source.startswith(("bert.encoder.", "bert.embeddings.")) for source in bert_names(name))
+
+
+def _untied_decoder(theirs: Mapping[str, Tensor]) -> list[str]:
+    decoder = theirs.get("cls.predictions.decoder.weight")
+    if decoder is None or torch.equal(decoder, theirs["bert.embeddings.word_embeddings.weight"]):
+        return []
+    return ["cls.predictions.decoder.weight: differs from the word embeddings, which are taken in its place"]
 
 
 def _load_amplitudes(stack: SpikeStack, theirs: Mapping[str, Tensor], used: set[str], report: WarmStartReport) -> None:
     kinds = set(_RELEASED_AMPLITUDES.values()) | {f"attention.self.{which}.act_clip_val" for which in ("key", "value")}
     amplitudes = {name for name in theirs if any(f".{kind}." in name for kind in kinds)}
     used.update(amplitudes)
+    stack.reset_amplitudes()  # those of other weights mean nothing for these
     if not amplitudes or not stack.amplitudes.numel():
         return
     report.remarks += _differing_copies(theirs)
-    names = [_amplitude_names(site_name, stack.config.num_timesteps) for site_name in stack.site_names]
-    if any(name not in theirs for site in names for name in site):
+    T = stack.config.num_timesteps
+    sites = [_site_amplitudes(theirs, site_name) for site_name in stack.site_names]
+    if any(len(site) < T for site in sites):
         report.remarks.append("the checkpoint has amplitudes for fewer timesteps: calibrate_amplitudes is needed")
         return
-    rows = torch.stack([torch.stack([theirs[name].reshape(()) for name in site]) for site in names])
-    if bool((rows == 1).all(dim=1).any()):
+    if any(bool((site == 1).all()) for site in sites):
         report.remarks.append("the checkpoint's amplitudes are not calibrated (all 1): calibrate_amplitudes is needed")
         return
-    stack.amplitudes.copy_(rows)
+    stack.amplitudes.copy_(torch.stack([site[:T] for site in sites]))
     stack.calibrated.fill_(True)
 
 
-def _amplitude_names(site_name: str, num_timesteps: int) -> list[str]:
-    """The released names of a site's amplitudes, first timestep first."""
+def _site_amplitudes(theirs: Mapping[str, Tensor], site_name: str) -> Tensor:
+    """The checkpoint's amplitudes of a site, first timestep first, for as many timesteps as it has."""
     layer, site = site_name.split(".")
     prefix = f"bert.encoder.layer.{layer.removeprefix('layer')}.{_RELEASED_AMPLITUDES[site]}"
-    return [f"{prefix}.{t}" for t in range(num_timesteps)]
+    values: list[Tensor] = []
+    while (name := f"{prefix}.{len(values)}") in theirs:
+        values.append(theirs[name].reshape(1))
+    return torch.cat(values) if values else torch.empty(0)
 
 
 def _differing_copies(theirs: Mapping[str, Tensor]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForPreTraining
 
-from models.amplitudes import calibrate_amplitudes
+from models.amplitudes import BlockNeurons, calibrate_amplitudes
 from models.config import NeuronConfig, SpikeLMConfig
 from models.layers import SITES
 from models.modeling import SpikeLMForPreTraining, SpikeLMModel
@@ -64,8 +64,8 @@ def golden_layer(request):
     )
     model = SpikeLMModel(config).eval()
     tensors = {f"bert.encoder.layer.0.{name}": value for name, value in _arrays(archive, "param").items()}
-    report = load_bert(model, tensors)
-    assert not report.unused and not report.remarks
+    report = load_bert(model.stack, tensors)
+    assert not report.missing and not report.unused and not report.remarks
     return archive, model
 
 
@@ -88,17 +88,20 @@ def test_layer_equals_the_released_one(golden_layer):
         assert _relative(ours, golden) < 1e-5, name
 
 
-def test_layer_spikes_equal_the_released_ones(golden_layer):
+def test_layer_spikes_equal_the_released_ones(golden_layer, monkeypatch):
     archive, model = golden_layer
-    layer, seen = model.stack.layers[0], []
-    layer.attention.qkv.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    layer.attention.output.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    layer.mlp.up.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    layer.mlp.down.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    fire, seen = BlockNeurons.fire, {}
+
+    def fire_and_remember(neurons, site, x, **options):
+        seen[SITES[site]] = fire(neurons, site, x, **options)
+        return seen[SITES[site]]
+
+    monkeypatch.setattr(BlockNeurons, "fire", fire_and_remember)
     with torch.no_grad():
         _run_layer(archive, model, calibrate=False)
-    for spikes, name in zip(seen, ("qkv", "attn_out", "intermediate", "output"), strict=True):
-        assert torch.equal(spikes.sign().to(torch.int8), torch.tensor(archive[f"spike/{name}"])), name
+    assert tuple(seen) == SITES
+    for site, name in zip(SITES, ("qkv", "K", "V", "attn_out", "intermediate", "output"), strict=True):
+        assert torch.equal(seen[site].sign().to(torch.int8), torch.tensor(archive[f"spike/{name}"])), site
 
 
 def test_layer_calibrates_to_the_released_amplitudes(golden_layer):

@@ -1,0 +1,125 @@
+"""Configurations of neurons and models: defaults, faults named with their values, presets, the way to disk and back."""
+
+import math
+
+import pytest
+import torch
+from transformers import BertConfig, BertForPreTraining
+
+from models.config import PRESETS, NeuronConfig, SpikeLMConfig, preset
+from models.modeling import SpikeLMForPreTraining
+
+
+@pytest.mark.parametrize(("kind", "timesteps", "leak"), [("elastic", 4, 0.25), ("lif", 4, 0.5), ("none", 1, None)])
+def test_the_kind_of_neuron_fills_in_timesteps_and_leak(kind, timesteps, leak):
+    neuron = NeuronConfig(kind=kind)
+    assert (neuron.num_timesteps, neuron.leak) == (timesteps, leak)
+    assert NeuronConfig(kind=kind, num_timesteps=1, leak=0.1).leak == 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "izhikevich"}, "neuron.kind is 'izhikevich': use one of elastic, lif, none"),
+        ({"kind": "none", "num_timesteps": 4}, "neuron.num_timesteps is 4 with kind 'none'"),
+        ({"num_timesteps": 0}, "neuron.num_timesteps is 0: at least 1"),
+        ({"leak": 1.5}, "neuron.leak is 1.5"),
+        ({"leak": math.nan}, "neuron.leak is nan"),
+        ({"frequency": 0.0}, "neuron.frequency is 0.0"),
+        ({"frequency": math.nan}, "neuron.frequency is nan"),
+        ({"frequency": math.inf}, "neuron.frequency is inf"),
+        ({"momentum": 1.0}, "neuron.momentum is 1.0"),
+        ({"amplitude": "wild"}, "neuron.amplitude is 'wild': use frozen or tracked"),
+        ({"reset": "hard"}, "neuron.reset is 'hard': use released or normalized"),
+    ],
+)
+def test_a_neuron_that_cannot_work_is_refused_by_name_and_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        NeuronConfig(**settings)
+
+
+def test_all_faults_of_a_neuron_are_told_together():
+    with pytest.raises(ValueError, match=r"num_timesteps is 0.*leak is 2.*reset is 'hard'"):
+        NeuronConfig(num_timesteps=0, leak=2, reset="hard")
+
+
+def test_an_unknown_field_of_the_neuron_is_refused():
+    with pytest.raises(ValueError, match="neuron has no field timesteps: known are kind, num_timesteps"):
+        SpikeLMConfig(neuron={"timesteps": 4})
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="hidden_size 100 is no multiple of num_attention_heads 12"):
+        SpikeLMConfig(hidden_size=100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_act": "gleu"}, "hidden_act is 'gleu': use one of gelu, "),
+        ({"mlm_head_act": "ReLU"}, "mlm_head_act is 'ReLU': use one of gelu, "),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1: at least 0 is needed"),
+        *(
+            ({name: 0}, f"{name} is 0: at least 1 is needed")
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "num_attention_heads",
+                "intermediate_size",
+                "max_position_embeddings",
+                "type_vocab_size",
+            )
+        ),
+        ({"vocab_size": 10, "pad_token_id": 10}, "pad_token_id is 10: vocab_size 10 has no such token"),
+        ({"pad_token_id": -1}, "pad_token_id is -1: vocab_size 30522 has no such token"),
+        ({"position_init": "rotary", "hidden_act": "x"}, "hidden_act is 'x'.*; position_init is 'rotary': use normal"),
+    ],
+)
+def test_a_model_that_cannot_work_is_refused_by_name_and_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SpikeLMConfig(**settings)
+
+
+def test_a_model_may_have_no_layers_and_no_padding():
+    config = SpikeLMConfig(num_hidden_layers=0, pad_token_id=None)
+    assert (config.num_hidden_layers, config.pad_token_id) == (0, None)
+
+
+def test_a_configuration_comes_back_from_disk(tmp_path):
+    config = SpikeLMConfig(hidden_size=24, mlm_head_act="relu", neuron={"kind": "lif", "num_timesteps": 2})
+    config.save_pretrained(tmp_path)
+    loaded = SpikeLMConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.neuron == NeuronConfig(kind="lif", num_timesteps=2, leak=0.5)
+    assert (loaded.mlm_head_act, loaded.num_timesteps) == ("relu", 2)
+
+
+def test_the_neuron_may_be_given_as_object_dict_or_not_at_all():
+    assert SpikeLMConfig().neuron == NeuronConfig()
+    assert SpikeLMConfig(neuron={}).neuron == NeuronConfig()
+    assert SpikeLMConfig(neuron={"leak": 0.5}).neuron == SpikeLMConfig(neuron=NeuronConfig(leak=0.5)).neuron
+
+
+def test_presets_take_overrides_and_unknown_ones_are_refused():
+    config = preset("encoder-tiny", vocab_size=99, neuron={"kind": "none"})
+    assert (config.vocab_size, config.hidden_size, config.neuron.kind) == (99, 128, "none")
+    assert "vocab_size" not in PRESETS["encoder-tiny"]
+    with pytest.raises(ValueError, match="unknown preset 'huge': known are encoder-tiny, encoder-base, encoder-large"):
+        preset("huge")
+
+
+@pytest.mark.parametrize(
+    ("name", "bert"),
+    [
+        ("encoder-base", {}),
+        (
+            "encoder-large",
+            {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+        ),
+    ],
+)
+def test_presets_have_berts_sizes(name, bert):
+    with torch.device("meta"):
+        ours, theirs = SpikeLMForPreTraining(preset(name)), BertForPreTraining(BertConfig(**bert))
+    assert ours.num_parameters() == theirs.num_parameters()
+    assert ours.config.num_attention_heads == theirs.config.num_attention_heads

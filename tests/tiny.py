@@ -1,0 +1,84 @@
+"""Tiny models, a batch that fits them, and processes to run them in: what several test modules need."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from models.config import SpikeLMConfig
+from models.modeling import SpikeLMForPreTraining
+
+CONFIG = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 12,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.3,
+}
+
+
+def make_model(neuron=None, model_class=SpikeLMForPreTraining, seed=0, **overrides):
+    """A model with seeded weights and without dropout; `neuron` and `overrides` are fields of its configuration."""
+    torch.manual_seed(seed)
+    return model_class(SpikeLMConfig(**{**CONFIG, **overrides}, neuron=neuron))
+
+
+def make_batch(row_lengths=(10, 7, 4), seed=1):
+    """Rows of that many tokens, padded to 10, with both kinds of labels."""
+    rows = len(row_lengths)
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(1, CONFIG["vocab_size"], (rows, 10), generator=generator)
+    attention_mask = (torch.arange(10) < torch.tensor(row_lengths).view(-1, 1)).long()
+    masked = (torch.rand(rows, 10, generator=generator) < 0.4) & (attention_mask == 1)
+    return {
+        "input_ids": input_ids * attention_mask,
+        "attention_mask": attention_mask,
+        "token_type_ids": (torch.arange(10) >= 3).long().expand(rows, 10),
+        "labels": torch.where(masked, input_ids, -100),
+        "next_sentence_label": torch.arange(rows) % 2,
+    }
+
+
+def rows_of(batch, rows):
+    """The rows of a batch that the slice names."""
+    return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+def run_ranks(folder: Path, worker, world_size, *arguments):
+    """Runs worker(rank, *arguments) in processes joined by gloo; returns what each returned, in the order of ranks.
+
+    The worker is a function at the top of a module and returns tensors, in dicts or lists.
+    """
+    torch.multiprocessing.spawn(_run_rank, (worker, world_size, folder, arguments), nprocs=world_size)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _run_rank(rank, worker, world_size, folder, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        torch.save(worker(rank, *arguments), folder / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+class OneProcess:
+    """A pipeline.engine.World of one process, without a process group."""
+
+    rank, size, is_main, device = 0, 1, True, torch.device("cpu")
+
+    def sum(self, values):
+        return values
+
+    def agree(self, ok):
+        return ok
+
+    def on_main(self, action):
+        return action()
+
+    def barrier(self):
+        pass
