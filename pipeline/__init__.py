@@ -1,0 +1,1 @@
+"""Pretraining, evaluation and reports: recipes, sample order, loader, engine, trainer, checkpoints."""

@@ -1,0 +1,287 @@
+"""All settings of a pretraining run, as frozen dataclasses: what a recipe holds, named and explained in one place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field as Bounds
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from data_prep.recipes import BelowOne, FolderName, Share, load_settings, settings_to_dict, strict
+from models.config import NeuronConfig
+from pipeline.rules import RULES
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model and where its weights start."""
+
+    preset: str = "encoder-tiny"
+    """Size of the model: a name in models.config.PRESETS."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of SpikeLMConfig that differ from the preset, such as num_hidden_layers."""
+
+    neuron: NeuronConfig = NeuronConfig()
+    """What stands in front of every linear layer."""
+
+    warm_start: str | None = None
+    """Folder of a BERT model in safetensors whose weights to start from; null: random weights."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rows, in which order."""
+
+    shards: FolderName
+    """Folder that data_prep.build_shards wrote: manifest.json, tokenizer/, train/, heldout/."""
+
+    num_workers: NonNegativeInt = 0
+    """Loader processes for each training process; 0 reads in the training process, which is fastest for short rows."""
+
+    shuffle_run: PositiveInt = 1
+    """Neighbouring rows that are kept together when an epoch is shuffled; more than 1 where random reads are slow."""
+
+    shuffle_window: PositiveInt | None = None
+    """Rows within which those runs are then shuffled; null: the whole epoch, a full shuffle."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What the model learns to predict."""
+
+    mask_probability: Annotated[float, Bounds(gt=0, le=1)] = 0.15
+    """Share of a row's ordinary tokens that are to be predicted."""
+
+    static_masking: bool = False
+    """Mask a row alike in every epoch, as the original BERT did, instead of anew."""
+
+    next_sentence: bool = True
+    """Also predict whether the second segment follows the first."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and gradient clipping."""
+
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decay rates of the running means of gradient and squared gradient."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the mean squared gradient."""
+
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay of weights; biases and norms have none."""
+
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The learning rate over the steps."""
+
+    warmup_steps: NonNegativeInt
+    """Steps in which the rate rises linearly to its peak."""
+
+    kind: Literal["linear", "cosine"] = "linear"
+    """Shape of the decay after the warm-up."""
+
+    final_ratio: Share = 0.0
+    """Rate after the last step, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the step is computed; none of it changes what is computed, but precision."""
+
+    ds_config: str = "ds_configs/zero2.json"
+    """DeepSpeed's mechanics: a JSON file with the ZeRO stage, its buckets, profilers."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations in forward and backward; the optimizer's copy of the weights is fp32 always."""
+
+    checkpointing: Literal["none", "layer"] = "none"
+    """Activations kept for the backward: all, or each layer's input only, at the price of a second forward."""
+
+    timeout_minutes: PositiveFloat = 10
+    """How long a process waits for the others before the run fails."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Length of the run and sizes of its batches, in rows."""
+
+    total_steps: PositiveInt
+    """Optimizer steps of the whole run."""
+
+    global_batch_size: PositiveInt
+    """Rows of one optimizer step, over all processes."""
+
+    micro_batch_size: PositiveInt
+    """Rows of one forward in one process; the rest of its share is accumulated."""
+
+    stop_after_step: PositiveInt | None = None
+    """Stop early, with a checkpoint, after this step, to be resumed later; null: do not."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The pass over the held-out rows."""
+
+    every: NonNegativeInt
+    """Steps between two passes; 0: only at the end."""
+
+    micro_batch_size: PositiveInt
+    """Rows of one forward in one process."""
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What a run can be resumed from."""
+
+    every: PositiveInt
+    """Steps between two checkpoints; the last step is always saved."""
+
+    keep: PositiveInt = 2
+    """Number of checkpoints to keep; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """What is written about training steps."""
+
+    every: PositiveInt = 10
+    """Steps between two lines of metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write the same figures to tensorboard/ in the run's folder."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Pretrain a SpikeLM encoder on prepared shards. Run the same command again to resume."""
+
+    name: str
+    """Name of the run."""
+
+    output: FolderName = "runs"
+    """Folder of runs; this one lives in <output>/<name>."""
+
+    seed: NonNegativeInt = 0
+    """Decides initial weights, dropout, order of rows and masks."""
+
+    resume: str = "auto"
+    """auto: from this run's newest checkpoint, where there is one; never: afresh, in an empty folder; or a path."""
+
+    threads: PositiveInt | None = None
+    """Torch threads of each process; null: what the launcher set."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings
+    engine: EngineSettings = EngineSettings()
+    training: TrainingSettings
+    evaluation: EvaluationSettings
+    checkpoint: CheckpointSettings
+    logging: LoggingSettings = LoggingSettings()
+
+
+MAY_CHANGE = (
+    "name",
+    "output",
+    "resume",
+    "threads",
+    "data.shards",  # a folder may move: its contents are known by their fingerprint
+    "data.num_workers",
+    "engine.ds_config",
+    "engine.checkpointing",
+    "engine.timeout_minutes",
+    "training.micro_batch_size",
+    "training.stop_after_step",
+    "evaluation",
+    "checkpoint",
+    "logging",
+)
+"""Fields that may differ between a run and its resumption. All others decide what is trained."""
+
+
+def load_run_config(argv: Sequence[str]) -> RunConfig:
+    """The run that `argv` (--recipe FILE and overrides --section.field VALUE) describes; prints the fields for --help.
+
+    Raises ConfigError with all faults together.
+    """
+    return load_settings(RunConfig, argv, "deepspeed pipeline/pretrain.py", RULES)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line for each field that decides what is trained and has changed; empty where `new` may resume `old`."""
+    before, after = (dict(_leaves(settings_to_dict(config))) for config in (old, new))
+    return [
+        f"{name}: {before.get(name, 'not set')!r} in the run, {after.get(name, 'not set')!r} now"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches that each of `world_size` processes runs in one step; ValueError where that is no whole number."""
+    training = config.training
+    at_once = training.micro_batch_size * world_size
+    steps, rest = divmod(training.global_batch_size, at_once)
+    if rest:
+        nearest = f"{steps * at_once} or {(steps + 1) * at_once}" if steps else f"{at_once}"
+        raise ValueError(
+            f"training.global_batch_size {training.global_batch_size} is not divisible by training.micro_batch_size "
+            f"{training.micro_batch_size} x {world_size} processes = {at_once}: use a global batch of {nearest}, "
+            "another micro-batch, or another number of processes"
+        )
+    return steps
+
+
+def build_ds_config(config: RunConfig, world_size: int, run_dir: Path) -> dict[str, Any]:
+    """DeepSpeed's configuration: the mechanics that engine.ds_config holds, and what the recipe owns.
+
+    Raises ValueError where the processes do not divide the global batch.
+    """
+    return {
+        **_mechanics(config),
+        "train_batch_size": config.training.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": config.engine.precision == "bf16"},
+        # DeepSpeed's monitor joins folder and name.
+        "tensorboard": {"enabled": config.logging.tensorboard, "output_path": str(run_dir), "job_name": "tensorboard"},
+    }
+
+
+def zero_stage(config: RunConfig) -> int:
+    """Which states DeepSpeed partitions: 1 the optimizer's, 2 also gradients, 3 also weights."""
+    return _mechanics(config)["zero_optimization"]["stage"]
+
+
+def _mechanics(config: RunConfig) -> dict[str, Any]:
+    return json.loads(Path(config.engine.ds_config).read_text(encoding="utf-8"))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

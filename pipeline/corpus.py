@@ -1,0 +1,88 @@
+"""A folder of shards as training sees it: tokenizer, global batches, held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.manifest import TOKENIZER_FOLDER, Manifest, check_folder
+from data_prep.shards import ShardReader
+from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
+from pipeline.config import RunConfig
+from pipeline.engine import World
+from pipeline.loader import Batch, ElasticLoader, MakeBatch, heldout_batches, order_identity
+from pipeline.objectives import SpecialTokens, pretraining_batch
+from pipeline.order import OrderState
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What `open_corpus` found, bound to one rank of one run."""
+
+    config: RunConfig
+    world: World
+    tokenizer: PreTrainedTokenizerBase
+    train: ShardReader
+    heldout: ShardReader
+    make_batch: MakeBatch
+    order: OrderState
+
+    def train_batches(self, samples_consumed: int, num_steps: int) -> Iterator[Batch]:
+        """This rank's shares of the next `num_steps` global batches after `samples_consumed` samples."""
+        loader = ElasticLoader(
+            self.train,
+            self.make_batch,
+            order=replace(self.order, position=samples_consumed),
+            global_batch_size=self.config.training.global_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_workers=self.config.data.num_workers,
+        )
+        return loader.batches(num_steps)
+
+    def heldout_batches(self) -> Iterator[Batch]:
+        """One pass over the held-out rows."""
+        return heldout_batches(
+            self.heldout,
+            self.make_batch,
+            batch_size=self.config.evaluation.micro_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def identity(self) -> dict[str, int | str | None]:
+        """What decides which samples come when, and what is evaluated; kept in every checkpoint."""
+        return {**order_identity(self.train, self.order), "heldout_fingerprint": self.heldout.fingerprint}
+
+
+def open_corpus(config: RunConfig, world: World) -> Corpus:
+    """The shards that config.data names. ValueError where they are not whole, or the tokenizer is not theirs."""
+    root = Path(config.data.shards)
+    world.on_main(lambda: check_folder(root) and None)  # one process looks at all shards, for all
+    _, tokenizer = open_tokenizer(root)
+    train = ShardReader(root / "train")
+    make_batch = partial(
+        pretraining_batch, seed=config.seed, settings=config.objective, tokens=SpecialTokens.of(tokenizer)
+    )
+    order = OrderState(
+        seed=config.seed,
+        num_samples=len(train),
+        run=config.data.shuffle_run,
+        window=config.data.shuffle_window,
+    )
+    return Corpus(config, world, tokenizer, train, ShardReader(root / "heldout"), make_batch, order)
+
+
+def open_tokenizer(root: Path) -> tuple[Manifest, PreTrainedTokenizerBase]:
+    """Manifest and tokenizer of a folder of shards. ValueError where the tokenizer is not the one of the shards."""
+    manifest = Manifest.load(root)
+    tokenizer = load_tokenizer(root / TOKENIZER_FOLDER)
+    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
+        raise ValueError(
+            f"{root / TOKENIZER_FOLDER} is not the tokenizer that the shards were made with: build the shards anew"
+        )
+    return manifest, tokenizer

@@ -1,0 +1,162 @@
+"""Batches for each rank: the global order, cut into this rank's share, read from the shards and turned into tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.objectives import ignore_rows
+from pipeline.order import OrderState, sample_ids
+
+
+class RowReader(Protocol):
+    """Where rows come from: data_prep.shards.ShardReader, or anything like it. Picklable."""
+
+    fingerprint: str
+    """Names the contents: another set of rows, or another order of them, has another fingerprint."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows with these ids, in this order: one array [n, ...] per field."""
+        ...
+
+
+class MakeBatch(Protocol):
+    """Rows [n] with their sample ids [n] and epochs [n] -> tensors, row by row: pipeline.objectives."""
+
+    def __call__(
+        self, rows: Mapping[str, np.ndarray], sample_ids: np.ndarray, epochs: np.ndarray
+    ) -> dict[str, Tensor]: ...
+
+
+class Batch(NamedTuple):
+    """Tensors for the model, and which samples they are."""
+
+    tensors: dict[str, Tensor]
+    sample_ids: Tensor  # int64 [B]
+    epochs: Tensor  # int64 [B]
+
+
+class ElasticLoader(Dataset):
+    """This rank's share of global batch after global batch, from `order.position` samples on.
+
+    Global batch k covers the positions [k * global_batch_size, (k + 1) * global_batch_size) after `order.position`,
+    whatever the number of ranks; rank r has the r-th of world_size equal, contiguous shares. Item k of this data set is
+    a whole step, so that the number of worker processes cannot change what comes when. An epoch's last batch goes on
+    into the next epoch. Nothing here counts samples consumed: that is the trainer's, since workers read ahead.
+
+    Raises ValueError where ranks do not divide the global batch, or an epoch has fewer samples than one global batch.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        make_batch: MakeBatch,
+        *,
+        order: OrderState,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        if global_batch_size % world_size:
+            raise ValueError(
+                f"global batch size {global_batch_size} is not divisible by {world_size} processes: change one of them"
+            )
+        if order.num_samples < global_batch_size:
+            raise ValueError(
+                f"there are {order.num_samples} training samples, fewer than one global batch of {global_batch_size}: "
+                "prepare more text, or lower training.global_batch_size"
+            )
+        self.reader = reader
+        self.make_batch = make_batch
+        self.order = order
+        self.global_batch_size = global_batch_size
+        self.share = global_batch_size // world_size
+        self.rank = rank
+        self.num_workers = num_workers
+
+    def __getitem__(self, step: int) -> Batch:
+        """This rank's share of the global batch `step` steps after the start."""
+        start = self.order.position + step * self.global_batch_size + self.rank * self.share
+        ids, epochs = sample_ids(replace(self.order, position=start), self.share)
+        return _read(self.reader, self.make_batch, ids, epochs)
+
+    def batches(self, num_steps: int) -> Iterator[Batch]:
+        """The shares of the next `num_steps` steps. Workers end with the iterator, also when it is dropped early."""
+        # DataLoader draws a number even where nothing is random. A generator of its own keeps torch's as it is, so that
+        # dropout after a resumption is what it would have been.
+        batches = iter(
+            DataLoader(
+                self,
+                batch_size=None,
+                sampler=range(num_steps),
+                num_workers=self.num_workers,
+                generator=torch.Generator(),
+            )
+        )
+        try:
+            yield from batches
+        finally:
+            if self.num_workers:
+                # Left to the garbage collector, workers outlive an exception of theirs, whose traceback holds them.
+                batches._shutdown_workers()
+
+
+def heldout_batches(
+    reader: RowReader, make_batch: MakeBatch, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """This rank's batches of one pass over all rows of `reader`, each row once over all ranks, as in epoch 0.
+
+    Every rank gets the same number of batches, all of `batch_size` rows: what is missing at the end is filled with
+    ignored rows, whose sample id is -1. Raises ValueError where there are no rows.
+    """
+    if not len(reader):
+        raise ValueError("there are no held-out rows: prepare the data with a larger held-out share")
+    num_batches = -(-len(reader) // (batch_size * world_size))
+    starts = ((number * world_size + rank) * batch_size for number in range(num_batches))
+    return (_heldout_batch(reader, make_batch, start, batch_size) for start in starts)
+
+
+def order_identity(reader: RowReader, order: OrderState) -> dict[str, int | str | None]:
+    """What a checkpoint has to keep, beside the number of samples consumed, for the same samples to follow."""
+    return {
+        "fingerprint": reader.fingerprint,
+        "num_samples": order.num_samples,
+        "seed": order.seed,
+        "shuffle_run": order.run,
+        "shuffle_window": order.window,
+    }
+
+
+def identity_differences(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
+    """One line for each entry in which two order identities differ; empty where training may go on."""
+    names = dict.fromkeys([*current, *saved])
+    return [
+        f"{name}: {saved.get(name, 'missing')!r} in the checkpoint, {current.get(name, 'missing')!r} now"
+        for name in names
+        if saved.get(name, "missing") != current.get(name, "missing")
+    ]
+
+
+def _heldout_batch(reader: RowReader, make_batch: MakeBatch, start: int, batch_size: int) -> Batch:
+    """Rows [start, start + batch_size); those beyond the last row are copies of it that are ignored."""
+    ids = np.minimum(np.arange(start, start + batch_size), len(reader) - 1)
+    batch = _read(reader, make_batch, ids, np.zeros_like(ids))
+    counted = min(max(len(reader) - start, 0), batch_size)
+    if counted == batch_size:
+        return batch
+    batch.sample_ids[counted:] = -1
+    return batch._replace(tensors=ignore_rows(batch.tensors, counted))
+
+
+def _read(reader: RowReader, make_batch: MakeBatch, ids: np.ndarray, epochs: np.ndarray) -> Batch:
+    tensors = make_batch(reader.read(ids), ids, epochs)
+    return Batch(tensors, torch.from_numpy(ids), torch.from_numpy(epochs))

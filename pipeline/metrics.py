@@ -1,0 +1,234 @@
+"""What a run tells about itself: metrics.jsonl, DeepSpeed's monitor, progress on the terminal, speed and memory.
+
+metrics.jsonl holds one JSON object a line, {"kind": "train" | "heldout", "step": int, ...}. Losses are in nats per
+target, rates and accuracies are shares of 1. JSON has neither nan nor infinity: both become null, which is read as nan.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from data_prep.files import atomic_file
+
+METRICS_FILE = "metrics.jsonl"
+
+Values = Mapping[str, float | Mapping[str, float]]
+"""What one line holds: numbers by name, or a table of numbers, as firing_rate_by_site is."""
+
+
+class Monitor(Protocol):
+    """The part of DeepSpeed's monitor that is used: engine.monitor."""
+
+    def write_events(self, event_list: list[tuple[str, float, int]]) -> None: ...
+
+
+class Metrics:
+    """Writes a run's numbers as they arise: to the run's metrics.jsonl, to the monitor and to the terminal.
+
+    Args:
+        run_dir: the run's folder, made where it is missing.
+        enabled: whether this process writes at all: rank 0 does, all others call the same methods without effect.
+        total_steps: the step that training goes up to, for the time left.
+        progress: show a bar on standard error, or one plain line a logged step where that is no terminal.
+        monitor: DeepSpeed's; receives "train/<name>" and "heldout/<name>" over the values' samples_consumed.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, enabled: bool, total_steps: int, progress: bool = True, monitor: Monitor | None = None
+    ) -> None:
+        self.path = Path(run_dir) / METRICS_FILE
+        self.enabled = enabled
+        self._monitor = monitor
+        self._progress = _Progress(total_steps) if enabled and progress else None
+        if enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def cut_after(self, step: int | None) -> None:
+        """Before training goes on from `step`: drop the lines of later steps. None: a fresh start, drop all lines."""
+        if self.enabled:
+            _cut_after(self.path, step)
+        if self._progress:
+            self._progress.start(step or 0)
+
+    def log_step(self, step: int, values: Values) -> None:
+        """One line about training at optimizer step `step`."""
+        self._log("train", step, values)
+        if self._progress:
+            self._progress.show_step(step, values)
+
+    def log_evaluation(self, step: int, values: Values) -> None:
+        """One line about the held-out rows, measured after optimizer step `step`."""
+        self._log("heldout", step, values)
+        if self._progress:
+            self._progress.show_evaluation(step, values)
+
+    def close(self) -> None:
+        """Leave the terminal to others. Every line is in the file already."""
+        if self._progress:
+            self._progress.close()
+
+    def _log(self, kind: str, step: int, values: Values) -> None:
+        if not self.enabled:
+            return
+        record = _without_nonfinite({"kind": kind, "step": step, **values})
+        line = json.dumps(record, allow_nan=False) + "\n"
+        # Opened for each line: no handle to lose when the file is cut, and the line is out in one unbuffered write.
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(line.encode())
+        if self._monitor is not None:
+            samples = int(values["samples_consumed"])
+            self._monitor.write_events([(name, value, samples) for name, value in _flatten(kind, values)])
+
+
+class Throughput:
+    """Tokens per second of one process's clock: add tokens as they are trained, read once per logged step."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._started = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Count the tokens of one step, over all ranks."""
+        self._tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent here, on an evaluation or a checkpoint, does not count."""
+        paused = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - paused
+
+    def tokens_per_second(self) -> float:
+        """The rate since the last call, from which a new interval begins."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._started, 1e-9)
+        self._tokens, self._started = 0, now
+        return rate
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: allocated on its GPU where it uses one, else resident."""
+    import torch  # only here, so that reading a run's metrics stays light
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in the order written; null becomes nan and a torn last line is left out.
+
+    Raises FileNotFoundError, and ValueError naming the first line that holds no record.
+    """
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a record of metrics; remove the line, or restore the file")
+    return records
+
+
+def _cut_after(path: Path, step: int | None) -> None:
+    if not path.exists():
+        return
+    kept = [] if step is None else [record for record in read_metrics(path) if record["step"] <= step]
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(_without_nonfinite(record)).encode() + b"\n" for record in kept)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record on a line, or None where the line holds none."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one, too
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
+    return _with_nan(record) if whole else None
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nonfinite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nan(item) for name, item in value.items()}
+    return math.nan if value is None else value
+
+
+def _flatten(prefix: str, values: Values) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(f"{prefix}/{name}", value)
+        else:
+            yield f"{prefix}/{name}", value
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere one whole line per write, so that the lines of several ranks never mix."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._first_step: int | None = None
+        self._started = time.perf_counter()
+        self._bar: tqdm | None = None
+
+    def start(self, step: int) -> None:
+        self._first_step = step
+        self._started = time.perf_counter()
+        if sys.stderr.isatty():
+            layout = "step {n_fmt}/{total_fmt} |{bar}|{postfix}"
+            self._bar = tqdm(total=self._total, initial=step, bar_format=layout, dynamic_ncols=True)
+
+    def show_step(self, step: int, values: Values) -> None:
+        if self._first_step is None:
+            self.start(step)
+        text = f"{_step_text(values)}, left {self._time_left(step)}"
+        if self._bar is None:
+            self._print(f"step {step}/{self._total}: {text}")
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+
+    def show_evaluation(self, step: int, values: Values) -> None:
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
+        self._print(f"step {step}/{self._total} held out: {numbers}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _print(self, line: str) -> None:
+        if self._bar is None:
+            sys.stderr.write(line + "\n")
+        else:
+            self._bar.write(line, file=sys.stderr)
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        if done <= 0:
+            return "?"
+        seconds_per_step = (time.perf_counter() - self._started) / done
+        return tqdm.format_interval(seconds_per_step * (self._total - step))
+
+
+def _step_text(values: Values) -> str:
+    layout = {"loss": "loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s", "firing_rate": "firing {:.3f}"}
+    return ", ".join(text.format(values[name]) for name, text in layout.items() if name in values)

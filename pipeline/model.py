@@ -1,0 +1,70 @@
+"""The model that a recipe describes: untrained, as its training starts, or as one of its checkpoints has it."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.tokenization import vocabulary_size
+from models.amplitudes import spiking_stack
+from models.config import SpikeLMConfig, preset
+from models.modeling import SpikeLMForMaskedLM, SpikeLMForPreTraining
+from models.warm_start import load_bert
+from pipeline.checkpoint import CheckpointError, read_weights
+from pipeline.config import RunConfig
+from pipeline.corpus import Corpus
+
+
+def build_model(config: RunConfig, corpus: Corpus) -> tuple[SpikeLMForMaskedLM, list[str]]:
+    """The recipe's model for the corpus: freshly initialised, or with the weights of model.warm_start.
+
+    Also returns what a warm start has to remark. Raises ValueError, with all faults, where the corpus does not fit.
+    """
+    model = _untrained(config, corpus.tokenizer)
+    _refuse_misfit(model.config, corpus)
+    spiking_stack(model).set_checkpointing(config.engine.checkpointing)
+    if not config.model.warm_start:
+        return model, []
+    report = load_bert(model, load_file(Path(config.model.warm_start) / "model.safetensors"))
+    parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
+    return model, [f"{', '.join(names)} {what}" for what, names in parts.items() if names] + report.remarks
+
+
+def _refuse_misfit(config: SpikeLMConfig, corpus: Corpus) -> None:
+    faults = []
+    if config.vocab_size < vocabulary_size(corpus.tokenizer):
+        faults.append(
+            f"model.overrides.vocab_size is {config.vocab_size}, the tokenizer has {vocabulary_size(corpus.tokenizer)} "
+            "ids: leave it out, or make it as large"
+        )
+    if config.max_position_embeddings < corpus.train.row_length:
+        faults.append(
+            f"the rows have {corpus.train.row_length} tokens, the model {config.max_position_embeddings} positions: "
+            "raise model.overrides.max_position_embeddings, or build shorter rows"
+        )
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> SpikeLMForMaskedLM:
+    """The recipe's model with the fp32 weights and the amplitudes of its checkpoint, ready for use.
+
+    Raises CheckpointError where the checkpoint is of another model.
+    """
+    model = _untrained(config, tokenizer)
+    try:
+        model.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint} does not fit the model of its recipe: {error}") from error
+    return model.eval()
+
+
+def _untrained(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpikeLMForMaskedLM:
+    settings = config.model
+    model_config = preset(
+        settings.preset,
+        neuron=settings.neuron,
+        **{"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **settings.overrides},
+    )
+    heads = SpikeLMForPreTraining if config.objective.next_sentence else SpikeLMForMaskedLM
+    return heads(model_config)

@@ -1,0 +1,114 @@
+"""The model card of an exported folder: how to use the model, how well it does, and what was trained on what."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_prep.manifest import Manifest
+from pipeline.checkpoint import TrainState
+
+Record = Mapping[str, Any]
+"""A line of metrics.jsonl."""
+
+HEADER = {"library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["spikelm", "spiking", "masked-lm"]}
+
+USAGE = """\
+The folder carries the code of its model: torch and transformers are enough. Read that code before you trust it.
+
+```python
+from transformers import AutoModelForSequenceClassification, pipeline
+
+pipeline("fill-mask", model=FOLDER, trust_remote_code=True)("A word of this text is {mask}.")
+AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=2, trust_remote_code=True)  # to be fine-tuned
+```
+
+AutoModel, AutoModelForMaskedLM and AutoModelForPreTraining open it as well."""
+
+
+def describe_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TrainState,
+    manifest: Manifest,
+    records: Sequence[Record],
+) -> str:
+    """The card: Markdown, with the header that model hubs read. `records` are the run's, up to the exported step."""
+    sections = {
+        "Use": USAGE.format(mask=tokenizer.mask_token),
+        "Losses": _losses(records),
+        "Firing rates": _firing_rates(records),
+        "Data": _data(manifest),
+        "Recipe": _block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
+    }
+    body = [f"## {title}\n\n{text}" for title, text in sections.items()]
+    header = f"---\n{yaml.safe_dump(HEADER, sort_keys=False)}---"
+    return "\n\n".join([header, f"# {state.recipe['name']}\n\n{_summary(model, state)}", *body]) + "\n"
+
+
+def _summary(model: PreTrainedModel, state: TrainState) -> str:
+    config, neuron = model.config, model.config.neuron
+    spikes = f"{neuron.kind} neurons over {neuron.num_timesteps} timesteps before every linear layer"
+    return (
+        f"SpikeLM encoder with {'no spiking neurons' if neuron.kind == 'none' else spikes}: "
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}, {model.num_parameters():,} parameters in "
+        f"{str(model.dtype).removeprefix('torch.')}, sequences of up to {config.max_position_embeddings} tokens. "
+        f"Pretrained for {state.step:,} steps on {state.samples_consumed:,} samples by {state.world_size} process(es)."
+    )
+
+
+def _losses(records: Sequence[Record]) -> str:
+    """The last losses and accuracies of training and of the held-out rows."""
+    rows = [
+        (kind, record["step"], name, f"{value:.4f}")
+        for kind in ("train", "heldout")
+        for record in _last(records, kind)
+        for name, value in record.items()
+        if name.endswith(("loss", "accuracy", "entropy"))
+    ]
+    note = (
+        "In nats per target; accuracies are shares of 1. A model that knows the frequency of every token and nothing "
+    )
+    note += "of its context reaches the unigram entropy."
+    return f"{_table(('rows', 'step', 'measure', 'value'), rows)}\n\n{note}" if rows else "Not recorded."
+
+
+def _firing_rates(records: Sequence[Record]) -> str:
+    """Shares of neurons that spike at a timestep, as last measured on the held-out rows."""
+    for record in _last(records, "heldout"):
+        if "firing_rate" in record:
+            rates = {"all": record["firing_rate"], **record["firing_rate_by_site"]}
+            return _table(("site", "firing rate"), [(site, f"{rate:.4f}") for site, rate in rates.items()])
+    return "None recorded."
+
+
+def _data(manifest: Manifest) -> str:
+    counts = [
+        (split, *(f"{value:,}" for value in (each.documents, each.sentences, each.tokens, each.rows)))
+        for split, each in manifest.counts.items()
+    ]
+    inputs = [(each.name, each.content) for each in manifest.origin.inputs]
+    return "\n\n".join(
+        [
+            _table(("split", "documents", "sentences", "tokens", f"rows of {manifest.row_length}"), counts),
+            _table(("input", "content"), inputs),
+            f"Tokenizer {manifest.tokenizer_fingerprint} with {manifest.vocab_size:,} entries. "
+            "The whole manifest is in data_manifest.json.",
+        ]
+    )
+
+
+def _last(records: Sequence[Record], kind: str) -> list[Record]:
+    """The last record of that kind; none where there is none."""
+    return [record for record in records if record["kind"] == kind][-1:]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"

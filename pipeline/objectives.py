@@ -1,0 +1,138 @@
+"""Rows of token ids into training batches: pure functions, seeded by sample id and epoch alone.
+
+What a sample looks like in an epoch does not depend on ranks, loader workers, or the other samples of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.tokenization import vocabulary_size
+from pipeline.config import ObjectiveSettings
+from pipeline.mixing import Choice, mix
+
+IGNORED = -100
+"""The label of a position or row that does not count, as torch's cross_entropy has it."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What masking has to know of a tokenizer."""
+
+    mask: int
+    """Id of the mask token."""
+
+    special: tuple[int, ...]
+    """Ids that are never masked and never put in a masked token's place, the mask and padding among them."""
+
+    vocab_size: int
+    """The largest id and one."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+        """Raises ValueError where the tokenizer has no mask token."""
+        if tokenizer.mask_token_id is None:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no mask token, which masked-token pretraining needs: "
+                "train one with data_prep.train_tokenizer, or name another"
+            )
+        return cls(tokenizer.mask_token_id, tuple(sorted(tokenizer.all_special_ids)), vocabulary_size(tokenizer))
+
+    @cached_property
+    def is_ordinary(self) -> np.ndarray:
+        """Whether an id may be masked, bool [V]."""
+        ordinary = np.ones(self.vocab_size, bool)
+        ordinary[list(self.special)] = False
+        return ordinary
+
+    @cached_property
+    def ordinary_ids(self) -> np.ndarray:
+        """The ids that may be masked, int64."""
+        return np.flatnonzero(self.is_ordinary)
+
+
+def pretraining_batch(
+    rows: Mapping[str, np.ndarray],
+    sample_ids: np.ndarray,
+    epochs: np.ndarray,
+    *,
+    seed: int,
+    settings: ObjectiveSettings,
+    tokens: SpecialTokens,
+) -> dict[str, Tensor]:
+    """Sentence pairs with masked tokens, as BERT is pretrained on (Devlin et al. 2019, section 3.1 and appendix A).
+
+    Args:
+        rows: `ids` [B, L] padded sequences `[CLS] A [SEP] B [SEP]`; `length` [B] tokens without padding; `first_length`
+            [B] tokens of `[CLS] A [SEP]`; `next_sentence_label` [B], 0 where B follows A in its document, 1 where it
+            is random.
+        sample_ids, epochs: which samples these are, in which epoch, [B]; with `seed` they decide all random choices.
+
+    Returns int64 tensors: `input_ids`, `attention_mask`, `token_type_ids` and `labels` [B, L], and, where the settings
+    ask for it, `next_sentence_label` [B]. Labels are IGNORED but at masked positions.
+    """
+    ids = rows["ids"].astype(np.int64)
+    position = np.arange(ids.shape[1])
+    is_token = position < rows["length"][:, None]
+    is_second = is_token & (position >= rows["first_length"][:, None])
+    if settings.static_masking:
+        epochs = np.zeros_like(epochs)
+    bits = mix(seed, Choice.MASKED_POSITIONS, epochs[:, None], sample_ids[:, None], position)
+    is_masked = _choose(bits, is_token & tokens.is_ordinary[ids], settings.mask_probability)
+    batch = {
+        "input_ids": np.copy(ids),
+        "attention_mask": is_token.astype(np.int64),
+        "token_type_ids": is_second.astype(np.int64),
+        "labels": np.where(is_masked, ids, IGNORED),
+    }
+    batch["input_ids"][is_masked] = _corrupt(ids[is_masked], bits[is_masked], tokens)
+    if settings.next_sentence:
+        batch["next_sentence_label"] = rows["next_sentence_label"].astype(np.int64)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def count_targets(batch: Mapping[str, Tensor]) -> Tensor:
+    """How many masked tokens and how many sentence pairs of `batch` count, int64 [2]."""
+    counts = [(batch[name] != IGNORED).sum() for name in ("labels", "next_sentence_label") if name in batch]
+    return torch.stack([*counts, *[torch.zeros_like(counts[0])] * (2 - len(counts))])
+
+
+def ignore_rows(batch: Mapping[str, Tensor], counted: int) -> dict[str, Tensor]:
+    """A copy of `batch` in which only the first `counted` rows have targets.
+
+    The other rows attend to their first token alone, so that attention stays defined.
+    """
+    ignored = {name: tensor.clone() for name, tensor in batch.items()}
+    for name in ("labels", "next_sentence_label"):
+        if name in ignored:
+            ignored[name][counted:] = IGNORED
+    ignored["attention_mask"][counted:] = 0
+    ignored["attention_mask"][counted:, 0] = 1
+    return ignored
+
+
+def _choose(bits: np.ndarray, candidates: np.ndarray, probability: float) -> np.ndarray:
+    """Where to mask, bool [B, L]: of a row's n candidates those round(p * n) with the lowest bits, at least one.
+
+    BERT rounds alike but counts [CLS] and [SEP] among the n. A row without candidates gets no mask.
+    """
+    available = candidates.sum(axis=1)
+    wanted = np.minimum(np.maximum(np.rint(probability * available), 1), available).astype(np.int64)
+    ranked = np.sort(np.where(candidates, bits, np.iinfo(np.uint64).max), axis=1)
+    # The bits of a row are all different (mix is a bijection of the position), so exactly `wanted` lie up to this one.
+    highest = np.take_along_axis(ranked, np.maximum(wanted - 1, 0)[:, None], axis=1)
+    return candidates & (bits <= highest)
+
+
+def _corrupt(ids: np.ndarray, bits: np.ndarray, tokens: SpecialTokens) -> np.ndarray:
+    """What stands in place of masked `ids` [n]: the mask token (80 %), a random ordinary token (10 %), or the id."""
+    action = mix(Choice.MASK_ACTION, bits) % np.uint64(10)
+    replacement = tokens.ordinary_ids[mix(Choice.MASK_REPLACEMENT, bits) % np.uint64(len(tokens.ordinary_ids))]
+    return np.select([action < 8, action == 8], [np.int64(tokens.mask), replacement], ids)

@@ -1,0 +1,157 @@
+"""What fields of a recipe must fulfil together, or with the files and models that they name."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from data_prep.recipes import Rule
+from models.config import PRESETS, SpikeLMConfig, preset
+
+OWNED_BY_RECIPE = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "the section optimizer",
+    "scheduler": "the section schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "activation_checkpointing": "engine.checkpointing",
+    "tensorboard": "logging.tensorboard",
+}
+"""Keys that a ds_config must leave to the recipe, and the fields that decide there."""
+
+MECHANICS = (
+    "aio",
+    "communication_data_type",
+    "comms_logger",
+    "data_types",
+    "flops_profiler",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+"""Keys that a ds_config may hold. DeepSpeed itself passes over a key that it does not know without a word."""
+
+
+def _name_faults(name: str) -> Iterator[str]:
+    if name in ("", ".", "..") or "/" in name:
+        yield f"name: {name!r} cannot name a folder: use letters, digits, - and _, and choose its place by output"
+
+
+def _resume_faults(resume: str) -> Iterator[str]:
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        yield f"resume: {resume!r} is neither auto nor never, and no such path exists"
+
+
+def _preset_faults(name: str) -> Iterator[str]:
+    if name not in PRESETS:
+        yield f"model.preset: {name!r} is unknown: {_nearest(name, PRESETS)}"
+
+
+def _override_faults(name: str, overrides: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that SpikeLMConfig lacks, values of wrong type, and combinations that it refuses."""
+    types = inspect.get_annotations(SpikeLMConfig, eval_str=True)
+    del types["neuron"]  # has a section of its own
+    faults = []
+    for field, value in overrides.items():
+        if field not in types:
+            faults.append(f"model.overrides.{field}: unknown field, with value {value!r}: {_nearest(field, types)}")
+            continue
+        try:
+            TypeAdapter(types[field]).validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Input ")
+            faults.append(f"model.overrides.{field}: {value!r} {reason}")
+    if not faults and name in PRESETS:
+        try:
+            preset(name, **overrides)
+        except ValueError as error:
+            faults.append(f"model.overrides: {error}")
+    yield from faults
+
+
+def _warm_start_faults(folder: str | None) -> Iterator[str]:
+    if folder is not None and not (Path(folder) / "model.safetensors").is_file():
+        yield f"model.warm_start: {folder!r} holds no model.safetensors: name the folder of a saved BERT model"
+
+
+def _shuffle_faults(run: int, window: int | None) -> Iterator[str]:
+    if run > 1 and window is None:
+        yield (
+            f"data.shuffle_run: {run} has no effect when the whole epoch is shuffled: set data.shuffle_window, "
+            f"for instance to {1024 * run}, or leave both out"
+        )
+
+
+def _ds_config_faults(path: str) -> Iterator[str]:
+    try:
+        mechanics = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield f"engine.ds_config: {path!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+        return
+    if not isinstance(mechanics, dict):
+        yield f"engine.ds_config: {path!r} holds no JSON object"
+        return
+    for key in mechanics:
+        if key in OWNED_BY_RECIPE:
+            yield f"engine.ds_config: {path!r} sets {key}, which {OWNED_BY_RECIPE[key]} decides: remove it there"
+        elif key not in MECHANICS:
+            yield f"engine.ds_config: {path!r} has the unknown key {key}: {_nearest(key, MECHANICS)}"
+    zero = mechanics.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3):
+        yield f"engine.ds_config: {path!r} has zero_optimization.stage {stage!r}: use 1, 2 or 3"
+
+
+def _batch_faults(global_batch_size: int, micro_batch_size: int) -> Iterator[str]:
+    if global_batch_size % micro_batch_size:
+        yield (
+            f"training.global_batch_size: {global_batch_size} is not divisible by training.micro_batch_size "
+            f"{micro_batch_size}: change one of them"
+        )
+
+
+def _schedule_faults(warmup_steps: int, total_steps: int) -> Iterator[str]:
+    if warmup_steps > total_steps:
+        yield (
+            f"schedule.warmup_steps: {warmup_steps} is more than training.total_steps {total_steps}, so that the peak "
+            "rate is never reached: use about a tenth of the steps"
+        )
+
+
+def _stop_faults(stop_after_step: int | None, total_steps: int) -> Iterator[str]:
+    if stop_after_step is not None and stop_after_step > total_steps:
+        yield (
+            f"training.stop_after_step: {stop_after_step} comes after the last of training.total_steps {total_steps}: "
+            "leave it out, or train longer"
+        )
+
+
+def _nearest(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+
+
+RULES = (
+    Rule(("name",), _name_faults),
+    Rule(("resume",), _resume_faults),
+    Rule(("model.preset",), _preset_faults),
+    Rule(("model.preset", "model.overrides"), _override_faults),
+    Rule(("model.warm_start",), _warm_start_faults),
+    Rule(("data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
+    Rule(("engine.ds_config",), _ds_config_faults),
+    Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
+    Rule(("schedule.warmup_steps", "training.total_steps"), _schedule_faults),
+    Rule(("training.stop_after_step", "training.total_steps"), _stop_faults),
+)
+"""Everything about a run that one field's type cannot say."""

@@ -1,0 +1,220 @@
+"""The training loop: global batches in, optimizer steps, evaluations, metrics and checkpoints out."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.amplitudes import SpikeStats, calibrate_amplitudes, spiking_stack, update_amplitudes
+from pipeline.checkpoint import Checkpointer, TrainState
+from pipeline.config import RunConfig, accumulation_steps
+from pipeline.corpus import Corpus
+from pipeline.engine import DeepSpeedEngine, World
+from pipeline.loader import Batch
+from pipeline.metrics import Metrics, Throughput, peak_memory_bytes
+from pipeline.objectives import IGNORED, count_targets
+
+CALIBRATION_ROWS = 256
+"""At most so many rows of the first global batch, a micro-batch of each rank, calibrate a fresh model."""
+
+OBJECTIVES = ("masked_lm", "next_sentence")
+"""In the order of objectives.count_targets; each has a mean of its own."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite; nothing of that step is saved."""
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, over all ranks: mean losses in nats per target [2], and the neurons' statistics."""
+
+    losses: Tensor
+    stats: SpikeStats
+    learning_rate: float
+    gradient_norm: float
+
+
+class Trainer:
+    """Trains an engine from wherever its run stands to the end.
+
+    Args:
+        engine: the DeepSpeed engine around a SpikeLM model.
+        state: where the run stands; its `recipe` and `data` go into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        config: RunConfig,
+        world: World,
+        corpus: Corpus,
+        checkpointer: Checkpointer,
+        metrics: Metrics,
+        state: TrainState,
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.world = world
+        self.corpus = corpus
+        self.checkpointer = checkpointer
+        self.metrics = metrics
+        self.state = state
+        self.accumulation = accumulation_steps(config, world.size)
+        self.stack = spiking_stack(engine.module)
+        self.throughput = Throughput()
+
+    def run(self) -> TrainState:
+        """Train up to the last step (or training.stop_after_step); returns where the run stands then."""
+        last = self._last_step()
+        if self.state.step == 0:
+            with self.throughput.paused():
+                self._start()
+        for batch in self.corpus.train_batches(self.state.samples_consumed, last - self.state.step):
+            result = self.train_step(batch)
+            self.state = self.state.after_step(self.config.training.global_batch_size)
+            step = self.state.step
+            self.throughput.add(self.config.training.global_batch_size * batch.tensors["input_ids"].shape[1])
+            if self._due(self.config.logging.every, last):
+                self.metrics.log_step(step, self._step_values(result))
+            with self.throughput.paused():
+                if self._due(self.config.evaluation.every, last):
+                    self.metrics.log_evaluation(step, self.evaluate())
+                if self._due(self.config.checkpoint.every, last):
+                    self.checkpointer.save(self.engine, self.state)
+        return self.state
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One optimizer step on this rank's share of a global batch.
+
+        Every loss is the mean over the counted targets of all ranks and micro-batches. DeepSpeed averages over both,
+        which the factor undoes. Raises NonFiniteError on every rank: for a loss before the weights are touched, for a
+        gradient after DeepSpeed has applied or skipped it, before anything is saved.
+        """
+        self.engine.train()
+        counts = self.world.sum(count_targets(batch.tensors).to(self.world.device, torch.float64))
+        learning_rate = self.engine.get_lr()[0]  # read now: the step moves the schedule on
+        factor = self.world.size * self.accumulation / counts.clamp(min=1)
+        loss_sums, stats = torch.zeros_like(counts), self._no_stats()
+        for number, micro_batch in enumerate(self._micro_batches(batch), start=1):
+            output = self.engine(**micro_batch)
+            sums = _loss_sums(output)
+            self.engine.backward((sums * factor.to(sums.dtype)).sum())
+            loss_sums += sums.detach()
+            stats += SpikeStats(output.spike_stats)
+            if number == self.accumulation:
+                losses = self.world.sum(loss_sums) / counts.clamp(min=1)
+                self._refuse_nonfinite("loss", dict(zip(OBJECTIVES, losses.tolist(), strict=True)), batch)
+            self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        applied = self.engine.was_step_applied()  # DeepSpeed skips a bf16 step whose gradients overflow
+        self._refuse_nonfinite("gradient", {"norm": norm if applied else math.nan}, batch)
+        stats = update_amplitudes(self.engine.module, stats)
+        return StepResult(losses, stats, learning_rate, norm)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float | dict[str, float]]:
+        """Losses (nats per target) and accuracies on all held-out rows, each row once, masked as in epoch 0.
+
+        `unigram_entropy` is the entropy of the masked targets' own distribution: what a model that knows only how
+        often each token occurs would lose on them.
+        """
+        self.engine.eval()
+        tally, stats = torch.zeros(3, 2, dtype=torch.float64, device=self.world.device), self._no_stats()
+        occurrences = torch.zeros(self.engine.module.config.vocab_size, dtype=torch.float64, device=self.world.device)
+        for batch in self.corpus.heldout_batches():
+            tensors = self._on_device(batch.tensors)
+            output = self.engine(**tensors)
+            tally += torch.stack([count_targets(tensors), _loss_sums(output), _correct(output, tensors)])
+            occurrences += torch.bincount(tensors["labels"][tensors["labels"] != IGNORED], minlength=len(occurrences))
+            stats += SpikeStats(output.spike_stats)
+        counts, losses, correct = self.world.sum(tally)
+        values = {"samples_consumed": self.state.samples_consumed}
+        for index, objective in enumerate(OBJECTIVES):
+            if counts[index] > 0:
+                values[f"{objective}_loss"] = float(losses[index] / counts[index])
+                values[f"{objective}_accuracy"] = float(correct[index] / counts[index])
+        share = self.world.sum(occurrences) / counts[0].clamp(min=1)
+        values["unigram_entropy"] = float(-torch.xlogy(share, share).sum())
+        return values | self._firing_values(stats.all_reduced())
+
+    def _start(self) -> None:
+        """Before the first step: amplitudes of a model that has none, and the losses of the untrained model."""
+        if not self.stack.calibrated:
+            first = next(self.corpus.train_batches(0, 1)).tensors
+            rows = max(1, min(CALIBRATION_ROWS // self.world.size, self.config.training.micro_batch_size))
+            inputs = self._on_device({name: tensor[:rows] for name, tensor in first.items()})
+            calibrate_amplitudes(self.engine, inputs)
+        self.metrics.log_evaluation(0, self.evaluate())
+
+    def _last_step(self) -> int:
+        training = self.config.training
+        return min(training.total_steps, training.stop_after_step or training.total_steps)
+
+    def _due(self, every: int, last: int) -> bool:
+        """Whether something that happens every so many steps (0: only at the end) happens now."""
+        return self.state.step == last or (every > 0 and self.state.step % every == 0)
+
+    def _micro_batches(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        size = self.config.training.micro_batch_size
+        for start in range(0, self.accumulation * size, size):
+            yield self._on_device({name: tensor[start : start + size] for name, tensor in batch.tensors.items()})
+
+    def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in tensors.items()}
+
+    def _no_stats(self) -> SpikeStats:
+        return SpikeStats.zeros(len(self.stack.site_names), self.stack.config.num_timesteps, self.world.device)
+
+    def _refuse_nonfinite(self, what: str, values: dict[str, float], batch: Batch) -> None:
+        if all(math.isfinite(value) for value in values.values()):
+            return
+        named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise NonFiniteError(
+            f"the {what} of step {self.state.step + 1} is not finite ({named}); rank {self.world.rank} had samples "
+            f"{batch.sample_ids.tolist()}. Nothing of this step is saved. In a new run (--name), lower "
+            "optimizer.learning_rate, set optimizer.clip_norm, or set model.neuron.reset normalized"
+        )
+
+    def _step_values(self, result: StepResult) -> dict[str, float | dict[str, float]]:
+        losses = dict(zip((f"{name}_loss" for name in OBJECTIVES), result.losses.tolist(), strict=True))
+        if not self.config.objective.next_sentence:
+            del losses["next_sentence_loss"]
+        values = {"loss": sum(losses.values()), **losses, "learning_rate": result.learning_rate}
+        values |= {
+            "gradient_norm": result.gradient_norm,
+            "tokens_per_second": self.throughput.tokens_per_second(),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "samples_consumed": self.state.samples_consumed,
+        }
+        return values | self._firing_values(result.stats)
+
+    def _firing_values(self, stats: SpikeStats) -> dict[str, float | dict[str, float]]:
+        """Firing rate over all neurons, and of each site (mean over timesteps); nothing where no neuron stands."""
+        if not self.stack.site_names:
+            return {}
+        rates = dict(zip(self.stack.site_names, stats.firing_rate.mean(1).tolist(), strict=True))
+        return {"firing_rate": sum(rates.values()) / len(rates), "firing_rate_by_site": rates}
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where everything about this run lies."""
+    return Path(config.output) / config.name
+
+
+def _loss_sums(output: object) -> Tensor:
+    """The summed losses of OBJECTIVES, [2] with gradient; an objective without labels counts nothing."""
+    masked, sentences = output.masked_lm_loss_sum, output.next_sentence_loss_sum
+    return torch.stack([masked, torch.zeros_like(masked) if sentences is None else sentences])
+
+
+def _correct(output: object, tensors: dict[str, Tensor]) -> Tensor:
+    """How many counted targets of OBJECTIVES are predicted right, [2]."""
+    labels = tensors["labels"]
+    masked = (output.logits.argmax(-1) == labels[labels != IGNORED]).sum()
+    if "next_sentence_label" not in tensors:
+        return torch.stack([masked, torch.zeros_like(masked)])
+    return torch.stack([masked, (output.next_sentence_logits.argmax(-1) == tensors["next_sentence_label"]).sum()])

@@ -1,0 +1,103 @@
+"""An uninterrupted run and one that was stopped and resumed by new processes end with the same bits."""
+
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.metrics import read_metrics
+from tests.distributed.runs import COMBINATIONS, STEPS, run_arguments
+from tests.launcher import deepspeed_command, launch, started
+
+
+@pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
+def test_losses_are_bit_equal_and_each_step_stands_once(stage, precision, runs):
+    whole, resumed = (
+        read_metrics(runs / f"{kind}-{stage}-{precision}" / "metrics.jsonl") for kind in ("whole", "resumed")
+    )
+    assert [line["step"] for line in resumed if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    for kind, fields in (("train", ("loss", "gradient_norm", "learning_rate")), ("heldout", ("masked_lm_loss",))):
+        ours, theirs = (
+            {line["step"]: [line[field] for field in fields] for line in lines if line["kind"] == kind}
+            for lines in (whole, resumed)
+        )
+        # The stopped run was evaluated where it stopped, too.
+        assert ours == {step: theirs[step] for step in ours}
+
+
+@pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
+def test_weights_moments_and_amplitudes_are_bit_equal(stage, precision, runs):
+    _assert_same_end(runs / f"whole-{stage}-{precision}", runs / f"resumed-{stage}-{precision}")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(runs, tiny_shards, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (runs / "whole-2-fp32").rglob("*")}
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([run_arguments(tiny_shards, runs, "whole-2-fp32", 2, "fp32")]))
+    assert "is finished" in launch("tests/distributed/pretrain_worker.py", jobs, processes=1)
+    assert before == {path: path.stat().st_mtime_ns for path in (runs / "whole-2-fp32").rglob("*")}
+
+
+def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been(runs, tiny_shards):
+    arguments = run_arguments(tiny_shards, runs, "killed", 2, "fp32", "--checkpoint.every", "1")
+    command = deepspeed_command("pipeline/pretrain.py", *arguments)
+    with started(command) as process:
+        _wait_for_step(runs / "killed" / "metrics.jsonl", 2, process)
+        os.kill(_rank_process(process, rank=1), signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    assert not (runs / "killed" / "DONE").exists()
+    output = launch("pipeline/pretrain.py", *arguments)
+    assert "resuming from" in output and "is finished" in output
+    _assert_same_end(runs / "whole-2-fp32", runs / "killed")
+
+
+def _wait_for_step(metrics, step, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} within {seconds} s; exit code {process.poll()}")
+
+
+def _rank_process(launcher, rank):
+    """The pid of a rank among the launcher's process group."""
+    for entry in Path("/proc").iterdir():
+        # Any process may end while it is looked at.
+        with suppress(ProcessLookupError, FileNotFoundError):
+            if entry.name.isdigit() and os.getpgid(int(entry.name)) == launcher.pid:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if f"--local_rank={rank}".encode() in words:
+                    return int(entry.name)
+    raise AssertionError(f"rank {rank} is not running")
+
+
+def _assert_same_end(whole, other):
+    """Both runs' last checkpoints hold the same bits in every file of DeepSpeed's."""
+    whole, other = (run / f"checkpoints/step{STEPS:08d}" for run in (whole, other))
+    files = sorted(path.name for path in whole.glob("*.pt"))
+    assert files == sorted(path.name for path in other.glob("*.pt")) and len(files) >= 3
+    assert sum(_assert_equal(_load(whole / name), _load(other / name), name) for name in files) > 20
+
+
+def _load(path):
+    return torch.load(path, weights_only=False)  # noqa: S614 (written by this test)
+
+
+def _assert_equal(ours, theirs, where):
+    """Compares nested containers to the bit; returns the number of tensors."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0)), where
+        return 1
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        return sum(_assert_equal(ours[key], theirs[key], f"{where}/{key}") for key in ours)
+    if isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        return sum(_assert_equal(a, b, f"{where}/{i}") for i, (a, b) in enumerate(zip(ours, theirs, strict=True)))
+    return 0

@@ -1,0 +1,288 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.recipes import ConfigError, known_fields, save_settings, settings_from_dict, settings_to_dict
+from pipeline.config import RunConfig, accumulation_steps, build_ds_config, differences, load_run_config, zero_stage
+
+ROOT = Path(__file__).parent.parent
+MINIMAL = {
+    "name": "toy",
+    "data": {"shards": "data/toy"},
+    "schedule": {"warmup_steps": 2},
+    "engine": {"ds_config": str(ROOT / "ds_configs/zero2.json")},
+    "training": {"total_steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
+    "evaluation": {"every": 5, "micro_batch_size": 4},
+    "checkpoint": {"every": 5},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(*overrides, recipe=text or mapping): the run of a recipe written to a file."""
+
+    def load_(*overrides, recipe=MINIMAL):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+        return load_run_config(["--recipe", str(path), *overrides])
+
+    return load_
+
+
+def faults_of(load, *overrides, recipe=MINIMAL):
+    with pytest.raises(ConfigError) as raised:
+        load(*overrides, recipe=recipe)
+    return raised.value.faults
+
+
+def test_recipe_then_overrides_then_defaults(load):
+    config = load("--training.total_steps", "100", "--seed=3", "--model.overrides.hidden_size", "64", "--name", "2024")
+    assert config.training == dataclasses.replace(load().training, total_steps=100)
+    assert (config.seed, config.name) == (3, "2024")
+    assert config.model.overrides == {"hidden_size": 64}
+    assert config.optimizer.betas == (0.9, 0.999)
+    assert config.model.neuron.num_timesteps == 4
+
+
+@pytest.mark.parametrize("argument", [["--local_rank=1"], ["--local_rank", "1"]])
+def test_the_launchers_argument_is_ignored(load, argument):
+    assert load(*argument) == load()
+
+
+def test_values_are_written_as_in_yaml(load):
+    config = load(
+        "--optimizer.learning_rate", "1e-3", "--optimizer.betas", "[0.8, 0.9]", "--logging.progress", "false",
+        "--training.stop_after_step", "null", "--model.neuron", "{kind: lif, num_timesteps: 2}",
+        "--objective.static_masking",
+    )  # fmt: skip
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert (config.logging.progress, config.objective.static_masking) == (False, True)
+    assert config.training.stop_after_step is None
+    assert (config.model.neuron.kind, config.model.neuron.leak) == ("lif", 0.5)
+
+
+def test_all_faults_are_told_at_once(load, tmp_path):
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 0}, "train_batch_size": 4, "zero_optimisation": 1})
+    )
+    recipe = """
+name: a/b
+sede: 1
+name: a/b
+data: {shards: 5}
+model: {preset: encoder-tinny, overrides: {hidden_sise: 3}, neuron: {kind: elastic, leak: 2}}
+optimizer: {learning_rate: -1, betas: [0.9]}
+schedule: {warmup_steps: 20, kind: cosin}
+engine: {ds_config: TMP/ds.json, precision: fp16}
+training: {total_steps: 10, global_batch_size: 7, micro_batch_size: 2, stop_after_step: yes}
+evaluation: {every: 1.5, micro_batch_size: 4}
+""".replace("TMP", str(tmp_path))
+    faults = faults_of(load, "--trainig.total_steps", "5", "stray", "--threads", recipe=recipe)
+    expected = [
+        ("stray", "set by --field VALUE"),
+        ("threads", "write --threads VALUE"),
+        ("name", "line 2 and again in line 4"),
+        ("sede", "did you mean seed?"),
+        ("trainig", "did you mean training?"),
+        ("data.shards", "5 should be a valid string"),
+        ("model.neuron", "leak is 2"),
+        ("optimizer.learning_rate", "-1 should be greater than 0"),
+        ("optimizer.betas", "missing"),
+        ("schedule.kind", "'cosin' should be 'linear' or 'cosine'"),
+        ("engine.precision", "'fp16' should be 'fp32' or 'bf16'"),
+        ("training.stop_after_step", "True should be a valid integer"),
+        ("evaluation.every", "1.5 should be a valid integer"),
+        ("checkpoint.every", "--checkpoint.every VALUE"),
+        ("name", "'a/b' cannot name a folder"),
+        ("model.preset", "did you mean encoder-tiny?"),
+        ("model.overrides.hidden_sise", "did you mean hidden_size?"),
+        ("engine.ds_config", "train_batch_size, which training.global_batch_size decides"),
+        ("engine.ds_config", "unknown key zero_optimisation: did you mean zero_optimization?"),
+        ("engine.ds_config", "stage 0"),
+        ("training.global_batch_size", "7 is not divisible by training.micro_batch_size 2"),
+        ("schedule.warmup_steps", "20 is more than training.total_steps 10"),
+    ]
+    for name, text in expected:
+        assert any(fault.startswith(name) and text in fault for fault in faults), (name, text, faults)
+    assert len(faults) == len(expected), faults
+    assert all("\n" not in fault for fault in faults)
+
+
+FAULTS = [
+    (["--schedule.final_ratio", "1.5"], "schedule.final_ratio: 1.5 should be less than or equal to 1"),
+    (["--training.total_steps", "0"], "training.total_steps: 0 should be greater than 0"),
+    (["--training.total_steps", "'9'"], "training.total_steps: '9' should be a valid integer"),
+    (["--objective.static_masking", "1"], "objective.static_masking: 1 should be a valid boolean"),
+    (["--optimizer.learning_rate", ".nan"], "optimizer.learning_rate: nan should be a finite number"),
+    (["--optimizer.learning_rate", "1e999"], "should be a finite number"),
+    (["--model", "null"], "model: None is not a section"),
+    (["--model.neuron", "{kind: none, num_timesteps: 4}"], "model.neuron: neuron.num_timesteps is 4"),
+    (["--model.overrides.hidden_size", "big"], "model.overrides.hidden_size: 'big' should be a valid integer"),
+    (["--model.overrides.hidden_size", "63"], "model.overrides: hidden_size 63 is no multiple"),
+    (["--model.overrides.neuron", "{}"], "model.overrides.neuron: unknown field"),
+    (["--model.warm_start", "nowhere"], "model.warm_start: 'nowhere' holds no model.safetensors"),
+    (["--data.shuffle_run", "64"], "data.shuffle_run: 64 has no effect"),
+    (["--engine.ds_config", "nowhere.json"], "engine.ds_config: 'nowhere.json' cannot be read: No such file"),
+    (["--training.stop_after_step", "11"], "training.stop_after_step: 11 comes after"),
+    (["--resume", "nowhere"], "resume: 'nowhere' is neither auto nor never"),
+    (["--name", ".."], "name: '..' cannot name a folder"),
+    (["--logging.evry", "1"], "logging.evry: unknown field, with value 1: did you mean logging.every?"),
+    (
+        ["--logging.colour", "1"],
+        "logging.colour: unknown field, with value 1: logging has every, tensorboard, progress",
+    ),
+    (["--name.first", "x"], "name: {'first': 'x'} should be a valid string"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), FAULTS)
+def test_each_fault_names_field_value_and_remedy(load, overrides, expected):
+    (fault,) = faults_of(load, *overrides)
+    assert expected in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: [", "is not YAML: "),
+        ("- name", "holds list, not fields"),
+        ("name: \x00", "is not YAML: "),
+    ],
+)
+def test_broken_files(load, text, expected):
+    assert any(expected in fault for fault in faults_of(load, recipe=text))
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match="recipe: nowhere.yaml cannot be read: No such file or directory"):
+        load_run_config(["--recipe", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[]", "holds no JSON object"),
+        ("{", "cannot be read: "),
+        ('{"zero_optimization": {"stage": 4}}', "stage 4: use 1, 2 or 3"),
+        ('{"zero_optimization": 2}', "stage None: use 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 2}, "activation_checkpointing": {}}', "which engine.checkpointing decides"),
+        ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "which engine.precision decides"),
+    ],
+)
+def test_ds_configs_that_are_refused(load, tmp_path, content, expected):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    (fault,) = faults_of(load, "--engine.ds_config", str(path))
+    assert expected in fault
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        load_run_config(["--recipe", "x", "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in known_fields(RunConfig).values():
+        assert field.doc.endswith((".", ")")), f"{field.name} has no explanation"
+        assert field.doc in text
+        assert field.is_section or f"--{field.name} VALUE" in text
+    assert "(int; required)" in text and '(linear | cosine; default: "linear")' in text
+
+
+def test_saved_recipes_load_as_equal(load, tmp_path):
+    config = load("--optimizer.eps", "1e-8", "--model.overrides.hidden_act", "relu", "--threads", "2")
+    assert settings_from_dict(RunConfig, settings_to_dict(config)) == config
+    path = tmp_path / "saved.yaml"
+    save_settings(config, path)
+    assert load_run_config(["--recipe", str(path)]) == config
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+@given(
+    rate=st.floats(1e-12, 1e3), betas=st.tuples(*[st.floats(0, 0.9999)] * 2), seed=st.integers(0, 2**40),
+    name=st.text("ab01-_.é#: '\"", min_size=1), steps=st.integers(1, 10**9),
+)  # fmt: skip
+def test_any_values_survive_the_file(tmp_path_factory, rate, betas, seed, name, steps):
+    base = settings_from_dict(RunConfig, MINIMAL)
+    config = dataclasses.replace(
+        base,
+        name=name,
+        seed=seed,
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=rate, betas=betas),
+        training=dataclasses.replace(base.training, total_steps=steps),
+    )
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    save_settings(config, path)
+    assert settings_from_dict(RunConfig, yaml.safe_load(path.read_text())) == config
+
+
+def test_saved_settings_of_another_version_are_refused():
+    with pytest.raises(ConfigError, match="seeds: unknown field, with value 1"):
+        settings_from_dict(RunConfig, {**MINIMAL, "seeds": 1})
+
+
+def test_differences_name_what_decides_training(load):
+    old = load()
+    new = load(
+        "--optimizer.learning_rate", "1e-3", "--model.overrides.hidden_size", "64", "--seed", "1",
+        "--training.total_steps", "20", "--data.shuffle_run", "2", "--data.shuffle_window", "8",
+        "--engine.precision", "bf16", "--objective.next_sentence", "false", "--schedule.kind", "cosine",
+    )  # fmt: skip
+    assert differences(old, old) == []
+    assert [line.split(":")[0] for line in differences(old, new)] == [
+        "seed", "data.shuffle_run", "data.shuffle_window", "objective.next_sentence", "optimizer.learning_rate",
+        "schedule.kind", "engine.precision", "training.total_steps", "model.overrides.hidden_size",
+    ]  # fmt: skip
+    assert "optimizer.learning_rate: 0.0002 in the run, 0.001 now" in differences(old, new)
+    assert "model.overrides.hidden_size: 'not set' in the run, 64 now" in differences(old, new)
+
+
+def test_what_may_change_on_resumption(load):
+    new = load(
+        "--name", "other", "--output", "elsewhere", "--resume", "never", "--threads", "1", "--data.num_workers", "2",
+        "--data.shards", "moved", "--training.stop_after_step", "4", "--training.micro_batch_size", "4",
+        "--logging.every", "1", "--evaluation.every", "0", "--checkpoint.keep", "9", "--engine.checkpointing", "layer",
+    )  # fmt: skip
+    assert differences(load(), new) == []
+
+
+def test_accumulation_by_world_size(load):
+    config = load()
+    assert [accumulation_steps(config, world) for world in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ValueError, match="8 is not divisible by .* 2 x 3 processes = 6: use a global batch of 6 or 12"):
+        accumulation_steps(config, 3)
+    with pytest.raises(ValueError, match="2 x 5 processes = 10: use a global batch of 10,"):
+        accumulation_steps(config, 5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ds_config_gets_what_the_recipe_owns(load, stage):
+    path = ROOT / f"ds_configs/zero{stage}.json"
+    config = load("--engine.ds_config", str(path), "--engine.precision", "bf16", "--optimizer.clip_norm", "0.5")
+    ds_config = build_ds_config(config, 2, Path("runs/toy"))
+    assert zero_stage(config) == stage
+    assert ds_config["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
+    assert ds_config["train_batch_size"] == 8 == 2 * 2 * ds_config["gradient_accumulation_steps"]
+    assert ds_config["train_micro_batch_size_per_gpu"] == 2
+    assert ds_config["gradient_clipping"] == 0.5
+    assert ds_config["bf16"] == {"enabled": True}
+    assert ds_config["tensorboard"] == {"enabled": True, "output_path": "runs/toy", "job_name": "tensorboard"}
+    assert build_ds_config(load(), 1, Path("r"))["bf16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert load_run_config(["--recipe", str(recipe)]).name == recipe.stem
+
+
+def test_the_twin_of_the_demo_differs_in_its_layers_only(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    demo, twin = (load_run_config(["--recipe", f"launch/recipes/{name}.yaml"]) for name in ("demo", "demo-nolayers"))
+    assert dataclasses.replace(twin, name=demo.name, model=demo.model) == demo
+    assert twin.model.overrides == {**demo.model.overrides, "num_hidden_layers": 0}

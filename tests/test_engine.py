@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from models.config import NeuronConfig, preset
+from models.modeling import SpikeLMForPreTraining
+from pipeline.config import ScheduleSettings
+from pipeline.engine import learning_rate_factor, parameter_groups, seed_dropout, seed_weights
+
+
+def _rates(total_steps, **settings):
+    factor = learning_rate_factor(ScheduleSettings(**settings), total_steps)
+    return [factor(step) for step in range(total_steps)]
+
+
+def test_linear_schedule_warms_up_from_above_zero_and_ends_above_zero():
+    rates = _rates(10, kind="linear", warmup_steps=4)
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_cosine_schedule_ends_at_its_final_ratio():
+    factor = learning_rate_factor(ScheduleSettings(kind="cosine", warmup_steps=0, final_ratio=0.1), 8)
+    assert factor(0) == 1.0
+    assert factor(4) == pytest.approx(0.55)
+    assert factor(8) == pytest.approx(0.1)
+    assert factor(100) == pytest.approx(0.1)  # beyond the end it stays there
+
+
+def test_schedule_without_warm_up_starts_at_the_peak():
+    assert _rates(3, kind="linear", warmup_steps=0) == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+def test_first_optimizer_step_is_not_at_rate_zero():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], lr=1.0)
+    LambdaLR(optimizer, learning_rate_factor(ScheduleSettings(warmup_steps=9), 100))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_biases_and_norms_do_not_decay():
+    model = SpikeLMForPreTraining(preset("encoder-tiny", vocab_size=50, neuron=NeuronConfig(kind="none")))
+    decayed, others = parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
+    assert all(parameter.dim() == 2 for parameter in decayed["params"])
+    assert all(parameter.dim() == 1 for parameter in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_every_rank_drops_out_units_of_its_own():
+    draws = []
+    for rank in range(4):
+        seed_dropout(7, rank)
+        draws.append(tuple(torch.rand(4).tolist()))
+    seed_weights(7)
+    draws.append(tuple(torch.rand(4).tolist()))
+    seed_dropout(8, 0)
+    draws.append(tuple(torch.rand(4).tolist()))
+    assert len(set(draws)) == len(draws)
+    seed_dropout(7, 2)
+    assert tuple(torch.rand(4).tolist()) == draws[2]

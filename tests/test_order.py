@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.mixing import mix
+from pipeline.order import OrderState, permute, sample_ids
+
+sizes = st.integers(1, 3000)
+runs = st.integers(1, 70)
+windows = st.none() | st.integers(1, 400)
+seeds = st.integers(0, 2**63)
+
+
+@settings(deadline=None, max_examples=200)
+@given(seed=seeds, num_samples=sizes, run=runs, window=windows, epoch=st.integers(0, 2**40))
+def test_every_epoch_holds_each_sample_once(seed, num_samples, run, window, epoch):
+    ids, epochs = sample_ids(OrderState(seed, num_samples, epoch * num_samples, run, window), num_samples)
+    assert ids.dtype == epochs.dtype == np.int64
+    assert np.array_equal(np.sort(ids), np.arange(num_samples))
+    assert (epochs == epoch).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(seed=seeds, num_samples=sizes, run=runs, window=windows, start=st.integers(0, 10**6), data=st.data())
+def test_the_stream_does_not_depend_on_how_it_is_cut(seed, num_samples, run, window, start, data):
+    count = data.draw(st.integers(1, 500))
+    cut = data.draw(st.integers(0, count))
+    ids, epochs = sample_ids(OrderState(seed, num_samples, start, run, window), count)
+    first = sample_ids(OrderState(seed, num_samples, start, run, window), cut)
+    second = sample_ids(OrderState(seed, num_samples, start + cut, run, window), count - cut)
+    assert np.array_equal(ids, np.concatenate([first[0], second[0]]))
+    assert np.array_equal(epochs, np.concatenate([first[1], second[1]]))
+    assert np.array_equal(epochs, np.arange(start, start + count) // num_samples)
+
+
+@settings(deadline=None, max_examples=100)
+@given(key=seeds, size=st.integers(1, 2**53), start=st.integers(0, 2**53))
+def test_permute_never_leaves_its_domain_nor_meets_itself(key, size, start):
+    index = np.arange(start % size, min(start % size + 300, size), dtype=np.uint64)
+    result = permute(index, np.full_like(index, size), np.full_like(index, key))
+    assert (result < size).all()
+    assert len(np.unique(result)) == len(index)
+
+
+def test_order_is_what_it_was():
+    """Frozen: runs under way must not see another order after an update."""
+    ids, epochs = sample_ids(OrderState(seed=7, num_samples=10, position=25, run=2, window=4), 10)
+    assert ids.tolist() == [4, 5, 6, 1, 0, 6, 7, 9, 8, 5]
+    assert epochs.tolist() == [2] * 5 + [3] * 5
+    assert int(mix(1, -2, 3)) == 0xA751334A06F3C6C3
+
+
+@pytest.mark.parametrize(("run", "window"), [(1, None), (1, 64), (16, 128)])
+def test_orders_differ_by_epoch_and_seed_and_settings(run, window):
+    def order(seed, epoch):
+        return sample_ids(OrderState(seed, 1000, epoch * 1000, run, window), 1000)[0]
+
+    base = order(0, 0)
+    for other in (order(0, 1), order(1, 0), np.arange(1000)):
+        assert np.mean(base == other) < 0.02
+
+
+def test_a_run_stays_within_its_window():
+    """Runs of 10 in windows of 50: a window's samples come from about five places, not from fifty."""
+    ids, _ = sample_ids(OrderState(seed=3, num_samples=1005, run=10, window=50), 1005)
+    for window in ids[:1000].reshape(20, 50):
+        assert len(np.unique(window // 10)) <= 8
+        assert not np.array_equal(window, np.sort(window))
+
+
+def test_the_last_shorter_run_does_not_always_come_last():
+    orders = [sample_ids(OrderState(seed, 1005, run=10, window=50), 1005)[0] for seed in range(9)]
+    assert len({int(np.flatnonzero(ids >= 1000)[0]) // 100 for ids in orders}) > 2
+
+
+def test_full_shuffle_is_as_mixed_as_a_random_permutation():
+    size, batch = 20_000, 200
+    epochs = [sample_ids(OrderState(5, size, epoch * size), size)[0] for epoch in range(5)]
+    for ids in epochs:
+        neighbours = np.corrcoef(ids[:-1], ids[1:])[0, 1]
+        assert abs(neighbours) < 4 / np.sqrt(size)
+        means = ids.reshape(-1, batch).mean(axis=1)
+        expected = size / np.sqrt(12 * batch)
+        assert 0.7 * expected < means.std() < 1.3 * expected
+    assert abs(np.corrcoef(epochs[0], epochs[1])[0, 1]) < 4 / np.sqrt(size)
+
+
+def test_far_positions_of_huge_data_are_reached():
+    state = OrderState(seed=1, num_samples=10**10 + 7, position=10**17)
+    ids, epochs = sample_ids(state, 256)
+    assert epochs[0] == 10**17 // (10**10 + 7)
+    assert ids.min() >= 0 and ids.max() < state.num_samples and ids.max() > 2**32
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_samples": 2**53 + 1}, "2\\*\\*53"),
+        ({"num_samples": 5, "position": -1}, "position is -1"),
+        ({"num_samples": 5, "run": 0}, "run is 0"),
+        ({"num_samples": 5, "window": 0}, "window is 0"),
+    ],
+)
+def test_impossible_orders_are_refused(fields, named):
+    with pytest.raises(ValueError, match=named):
+        OrderState(seed=0, **fields)
