@@ -1,0 +1,55 @@
+# `make pretrain` and `make test` are all that a fresh machine needs; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+INSTALLED := .venv/installed
+
+# The first of these that is Python 3.11 or newer makes the environment; PYTHON=... names another.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: help install pretrain test lint bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## make .venv with the versions of constraints.txt
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer on the PATH: install one, or name it with PYTHON=..." >&2; exit 2; }
+	command -v g++ >/dev/null || { echo "error: g++ is not installed: DeepSpeed compiles its operators with it" >&2; exit 2; }
+	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+pretrain: $(INSTALLED)  ## train the demonstration and its twin without layers, then compare them; resumes what was interrupted
+	@. launch/env.sh
+	python -m data_prep.train_tokenizer --recipe launch/recipes/data/demo-tokenizer.yaml
+	python -m data_prep.build_shards --recipe launch/recipes/data/demo.yaml
+	for name in demo demo-nolayers; do
+		launch/pretrain.sh launch/recipes/$$name.yaml
+		[ -f runs/$$name/DONE ] || { echo "error: runs/$$name has no DONE: it was interrupted; make pretrain resumes it" >&2; exit 1; }
+	done
+	python -m pipeline.report runs/demo --compare runs/demo-nolayers
+	echo "make pretrain took $$SECONDS s, the installation apart"
+
+lint: $(INSTALLED)  ## ruff's checks and format, as pre-commit has them
+	@.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+test: lint  ## lint, then all tests
+	@. launch/env.sh
+	launch/clear_stale_locks.sh
+	python -m pytest
+
+bench: $(INSTALLED)  ## print times and memory of layer and loader on this machine
+	@. launch/env.sh
+	python -m tests.bench.bench_layer
+	python -m tests.bench.bench_loader
+
+clean:  ## remove caches and build leftovers; .venv, data/ and runs/ stay
+	@rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
