@@ -59,6 +59,7 @@ def pretrain(config: RunConfig) -> None:
     metrics.close()
     if world.is_main:
         close_run(config, run_dir, state.step)
+    world.barrier()  # all leave together: none takes its connections down while another still uses them
 
 
 def open_run(config: RunConfig, run_dir: Path) -> str:
