@@ -27,12 +27,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 pretrain: $(INSTALLED)  ## train the demonstration and its twin without layers, then compare them; resumes what was interrupted
 	@. launch/env.sh
-	python -m data_prep.train_tokenizer --recipe launch/recipes/data/demo-tokenizer.yaml
-	python -m data_prep.build_shards --recipe launch/recipes/data/demo.yaml
-	for name in demo demo-nolayers; do
-		launch/pretrain.sh launch/recipes/$$name.yaml
-		[ -f runs/$$name/DONE ] || { echo "error: runs/$$name has no DONE: it was interrupted; make pretrain resumes it" >&2; exit 1; }
-	done
+	for name in demo demo-nolayers; do launch/pretrain.sh launch/recipes/$$name.yaml; done
 	python -m pipeline.report runs/demo --compare runs/demo-nolayers
 	echo "make pretrain took $$SECONDS s, the installation apart"
 
@@ -42,8 +37,7 @@ lint: $(INSTALLED)  ## ruff's checks and format, as pre-commit has them
 
 test: lint  ## lint, then all tests
 	@. launch/env.sh
-	launch/clear_stale_locks.sh
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest
 
 bench: $(INSTALLED)  ## print times and memory of layer and loader on this machine
 	@. launch/env.sh

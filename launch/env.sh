@@ -1,5 +1,5 @@
 # Sourced by everything that launches: the environment that the processes of one machine inherit.
-# PROCESSES, OMP_NUM_THREADS and MASTER_PORT are kept where they are set already.
+# PROCESSES and MASTER_PORT are kept where they are set already.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # deepspeed itself, and the ninja that it compiles its operators with.
@@ -13,11 +13,8 @@ if [ -z "${PROCESSES:-}" ]; then
 fi
 export PROCESSES
 
-# More threads than cores slow every process down: share the cores out.
-if [ -z "${OMP_NUM_THREADS:-}" ]; then
-    OMP_NUM_THREADS=$(($(nproc) / PROCESSES))
-    export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
-fi
+# Errors alone of what torch's C++ has to say: about a process that is lost it warns in pages of addresses.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
 # Where the processes of a run meet: a port of its own, so that runs can share the machine.
 export MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 20000))}

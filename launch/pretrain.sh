@@ -1,13 +1,61 @@
 #!/usr/bin/env bash
-# Pretrains on this machine: launch/pretrain.sh RECIPE [--field value ...]
-# Paths are seen from the repository. PROCESSES=n sets the number of processes.
+# Pretrains: launch/pretrain.sh [RECIPE] [--field value ...]; with no recipe the demonstration. Paths are seen from the repository.
+#   on this machine                     PROCESSES=4 launch/pretrain.sh RECIPE
+#   on the machines of a hostfile       HOSTFILE=launch/hosts launch/pretrain.sh RECIPE       (by pdsh and ssh)
+#   the same without ssh, on each one   HOSTFILE=launch/hosts NODE_RANK=0 MASTER_ADDR=node1 MASTER_PORT=29500 launch/pretrain.sh RECIPE
+#   by mpirun, on this machine          LAUNCHER=mpirun PROCESSES=4 launch/pretrain.sh RECIPE
+# SIGTERM or Ctrl-C: a checkpoint after the step under way, then exit code 75; a second one kills. The other exit codes are those
+# of pipeline/ending.py, whatever the launcher makes of them.
 set -euo pipefail
-if [ $# -eq 0 ]; then
-    echo "usage: launch/pretrain.sh RECIPE [--field value ...], for example launch/recipes/demo.yaml" >&2
-    exit 2
-fi
+[ -z "${NODE_RANK:-}" ] || MASTER_PORT=${MASTER_PORT:-29500}  # alike on all machines
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
-[ -f "$1" ] || { echo "error: no recipe $1 in $root: launch/recipes has some" >&2; exit 2; }
-launch/clear_stale_locks.sh
-exec deepspeed --log_level warning --num_gpus "$PROCESSES" --master_port "$MASTER_PORT" pipeline/pretrain.py --recipe "$@"
+if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
+    [ -f "$1" ] || { echo "error: no recipe $1 in $root: launch/recipes has some" >&2; exit 2; }
+    set -- --recipe "$@"
+fi
+
+# What this script and its processes tell each other: `stop` and `exit_code`. Under runs/, which all machines see.
+mkdir -p runs
+SPIKELM_JOB=$(mktemp -d "$root/runs/.job-XXXXXX")
+export SPIKELM_JOB
+trap 'rm -rf "$SPIKELM_JOB"' EXIT
+
+launcher=(deepspeed --log_level warning --master_port "$MASTER_PORT")
+if [ "${LAUNCHER:-deepspeed}" = mpirun ]; then
+    [ "$(id -u)" -ne 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    launcher=(mpirun -n "$PROCESSES" --oversubscribe --bind-to none python)
+elif [ -z "${HOSTFILE:-}" ]; then
+    launcher+=(--num_gpus "$PROCESSES")
+elif [ -n "${NODE_RANK:-}" ]; then
+    launcher+=(--hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+else
+    launcher+=(--hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"})
+    export DS_ENV_FILE=$SPIKELM_JOB/environment
+    launch/deepspeed_env.sh "$DS_ENV_FILE"
+fi
+
+# In a session of its own: signals reach this script alone, which passes them on as a request.
+setsid "${launcher[@]}" pipeline/pretrain.py "$@" &
+group=$!
+stop() {
+    [ ! -e "$SPIKELM_JOB/stop" ] || kill -KILL -- "-$group" 2>/dev/null || true
+    touch "$SPIKELM_JOB/stop"
+}
+trap stop INT TERM
+code=0
+while kill -0 "$group" 2>/dev/null; do
+    wait "$group" && code=0 || code=$?
+done
+# A launcher that was killed leaves processes behind, which end by themselves: wait for them, but not for ever.
+for _ in $(seq 60); do
+    kill -0 -- "-$group" 2>/dev/null || break
+    sleep 1
+done
+kill -KILL -- "-$group" 2>/dev/null || true
+
+if [ -f "$SPIKELM_JOB/exit_code" ]; then
+    exit "$(<"$SPIKELM_JOB/exit_code")"
+fi
+[ "$code" -ne 0 ] || echo "error: the launcher ended before its processes said how: it was killed" >&2
+exit $((code == 0 ? 1 : code))

@@ -1,14 +1,13 @@
 """Checkpoints: complete or absent, and everything in them that decides the next step.
 
 A checkpoint is a folder `checkpoints/step00000100/`: DeepSpeed's files (weights, optimizer, schedule, amplitudes), the
-random generator of every rank, train_state.json, and manifest.json with the size of every file, written last. Only then
-does `checkpoints/latest` move. DeepSpeed reads its files with pickle: load only checkpoints that you trust.
+random generator of every rank, train_state.json, and manifest.json with size and checksum of every file, written last.
+Only then does `checkpoints/latest` move. DeepSpeed reads its files with pickle: load only checkpoints that you trust.
 """
 
 import io
-import json
 import shutil
-from collections.abc import Callable
+import socket
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,16 +17,34 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file, save_file
 
-from data_prep.files import atomic_file, sync_file, write_json
+from data_prep.files import atomic_file, hash_file, read_record, sync_file, write_json
 from data_prep.recipes import settings_from_dict, settings_to_dict
 from pipeline.config import RunConfig, differences, zero_stage
-from pipeline.engine import DeepSpeedEngine, World
+from pipeline.ending import is_lost
+from pipeline.engine import DeepSpeedEngine
 from pipeline.loader import identity_differences
+from pipeline.world import World
 
 STATE_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "train_state.json"
 LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file of a checkpoint must be."""
+
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """Every file of a checkpoint but this one, by name."""
+
+    files: dict[str, FileRecord]
+    version: int = STATE_VERSION
 
 
 class CheckpointError(ValueError):
@@ -63,7 +80,7 @@ def find_start(config: RunConfig, checkpointer: "Checkpointer", data: dict[str, 
     """
     checkpoint = checkpointer.newest()
     if checkpoint is None and config.resume not in ("auto", "never"):
-        checkpoint = resolve_checkpoint(config.resume, checkpointer.world.agree)
+        checkpoint = resolve_checkpoint(config.resume, checkpointer.world)
     elif checkpoint and config.resume != "auto" and config.resume != read_state(checkpoint).recipe["resume"]:
         raise CheckpointError(
             f"resume is {config.resume}, but the run stands at {checkpoint}: set resume to auto to go on from there, "
@@ -100,69 +117,81 @@ class Checkpointer:
         self.keep = keep
 
     def save(self, engine: DeepSpeedEngine, state: TrainState) -> Path:
-        """Write a checkpoint; it counts once its manifest lists every file of it. Then `latest` moves."""
-        tag = f"step{state.step:08d}"
-        target = self.folder / tag
+        """Write a checkpoint; it counts once its manifest lists every file of it. Then `latest` moves.
+
+        Raises CheckpointError where it cannot be written; what there is of it is removed, and older ones stay.
+        """
+        target = self.folder / f"step{state.step:08d}"
         self.world.on_main(lambda: shutil.rmtree(target, ignore_errors=True))  # torn, or about to be replaced
-        self.folder.mkdir(parents=True, exist_ok=True)
-        engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
-        save_file(_generator_states(), target / f"generators_rank{self.world.rank}.safetensors")
-        self.world.barrier()
-        self.world.on_main(lambda: self._seal(target, state))
+        try:
+            self._write(engine, target, state)
+        except (OSError, RuntimeError) as error:
+            if self.world.is_main:
+                shutil.rmtree(target, ignore_errors=True)
+            if is_lost(error):
+                raise
+            free = shutil.disk_usage(next(folder for folder in (self.folder, *self.folder.parents) if folder.exists()))
+            raise CheckpointError(
+                f"{target} cannot be written: {_first_line(error)} ({free.free / 1e6:,.0f} MB are free there): make "
+                "room, or set checkpoint.keep lower; the same command then goes on from the checkpoint before"
+            ) from error
         return target
 
     def load(self, engine: DeepSpeedEngine, checkpoint: Path) -> None:
         """Restore the engine and this rank's generators from a complete checkpoint."""
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        try:
+            loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        except (OSError, RuntimeError, AssertionError, KeyError) as error:
+            if is_lost(error):
+                raise
+            raise CheckpointError(f"{checkpoint} cannot be loaded: {_first_line(error)}; give another one") from error
         if loaded is None:
             raise CheckpointError(f"{checkpoint}: DeepSpeed found nothing to load; give another checkpoint")
         _restore_generators(load_file(checkpoint / f"generators_rank{self.world.rank}.safetensors"))
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint of this run, the same on every rank; None where none was ever completed.
+        """The newest intact checkpoint of this run, the same on every rank; None where none was ever completed.
 
         Raises CheckpointError where there were checkpoints but none is whole any more.
         """
-        tag = self.world.on_main(self._newest_tag)
-        if tag is None:
-            return None
-        if not self.world.agree(is_complete(self.folder / tag)):
-            raise CheckpointError(f"{self.folder / tag} is not complete on every machine: put it on a shared folder")
-        return self.folder / tag
-
-    def _newest_tag(self) -> str | None:
-        for path in sorted(self.folder.glob("step*"), reverse=True):
-            if is_complete(path):
-                return path.name
-            print(f"checkpoint {path} is incomplete: trying the one before", flush=True)
-        if (self.folder / LATEST).exists():
+        newest, faults = _newest_intact(self.world.on_main(lambda: _tags(self.folder)), self.folder, self.world)
+        if newest is None and self.world.on_main(lambda: (self.folder / LATEST).exists()):
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is complete any more: restore one, or remove the folder to start anew"
+                f"no checkpoint in {self.folder} is intact any more ({'; '.join(faults)}): restore one, or remove the "
+                "folder to start anew"
             )
-        return None
+        return newest
 
-    def _seal(self, target: Path, state: TrainState) -> None:
-        write_json(target / STATE, asdict(state))
+    def _write(self, engine: DeepSpeedEngine, target: Path, state: TrainState) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        engine.save_checkpoint(str(self.folder), tag=target.name, save_latest=False)
+        save_file(_generator_states(), target / f"generators_rank{self.world.rank}.safetensors")
+        if self.world.is_main:
+            write_json(target / STATE, asdict(state))
+        self.world.barrier()
         files = sorted(path for path in target.rglob("*") if path.is_file())
-        for path in files:
-            sync_file(path)  # DeepSpeed leaves its files to the operating system
-        write_json(target / MANIFEST, {"files": {str(path.relative_to(target)): path.stat().st_size for path in files}})
+        share = {str(path.relative_to(target)): _record(path) for path in files[self.world.rank :: self.world.size]}
+        records = {name: record for part in self.world.gather(share) for name, record in part.items()}
+        if not self.world.agree(len(records) == len(files)):
+            raise CheckpointError(f"the ranks see different files in {target}: put `output` into a shared folder")
+        self.world.on_main(lambda: self._seal(target, CheckpointManifest(records)))
+
+    def _seal(self, target: Path, manifest: CheckpointManifest) -> None:
+        write_json(target / MANIFEST, asdict(manifest))
         with atomic_file(self.folder / LATEST) as file:
             file.write(target.name.encode())
-        complete = sorted(path for path in self.folder.glob("step*") if is_complete(path))
-        for old in complete[: -self.keep]:
+        sealed = [self.folder / tag for tag in _tags(self.folder) if (self.folder / tag / MANIFEST).exists()]
+        for old in sealed[self.keep :]:
+            (old / MANIFEST).unlink()  # first: what is left of it by a kill is torn, not damaged
             shutil.rmtree(old)
 
 
 def read_state(checkpoint: Path) -> TrainState:
     """The TrainState of a checkpoint; CheckpointError where this version cannot read it."""
-    values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    if values.get("version") != STATE_VERSION:
-        raise CheckpointError(
-            f"{checkpoint / STATE} has version {values.get('version')}, this program reads {STATE_VERSION}: "
-            "resume with the version of spikelm that wrote it"
-        )
-    return TrainState(**values)
+    try:
+        return read_record(TrainState, checkpoint / STATE, STATE_VERSION)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; or resume with the version of spikelm that wrote it") from error
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -174,31 +203,71 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
 
 
-def resolve_checkpoint(given: str | Path, agree: Callable[[bool], bool] = bool) -> Path:
-    """The complete checkpoint that a path names: the checkpoint itself, its folder of checkpoints, or its run.
+def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
+    """The intact checkpoint that a path names: the checkpoint itself, or the newest of a run or its checkpoints/.
 
-    `agree` says of what this process sees whether all do. Raises CheckpointError where the checkpoint is not complete.
+    With a world, all ranks look together. Raises CheckpointError, naming what is wrong, where there is none.
     """
     path = Path(given)
-    for folder in (path, path / "checkpoints"):
-        if (folder / LATEST).is_file():
-            path = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-            break
-    if not agree(is_complete(path)):
+    folder = next((folder for folder in (path, path / "checkpoints") if _tags(folder)), path.parent)
+    intact, faults = _newest_intact(_tags(folder) or [path.name], folder, world)
+    if intact is None:
         raise CheckpointError(
-            f"{given} is no complete checkpoint: give a folder like runs/NAME/checkpoints/step00000100, "
-            "with its manifest.json and every file that it lists"
+            f"{given} is no intact checkpoint ({'; '.join(faults)}): give a folder like "
+            "runs/NAME/checkpoints/step00000100, with its manifest.json and every file that it lists"
         )
-    return path
+    return intact
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that the checkpoint's manifest lists is there in its full size."""
+def _tags(folder: Path) -> list[str]:
+    """The checkpoints in a folder, whole or not, the newest first."""
+    return sorted((path.name for path in folder.glob("step*") if path.is_dir()), reverse=True)
+
+
+def _newest_intact(tags: list[str], folder: Path, world: World | None) -> tuple[Path | None, list[str]]:
+    """The first of `tags` that is intact, and what is wrong with those before it, which rank 0 tells."""
+    told: list[str] = []
+    for tag in tags:
+        faults = _faults(folder / tag, world)
+        if not faults:
+            return folder / tag, told
+        told.append(f"{tag}: {faults[0]}")
+        if len(tags) > 1 and (world is None or world.is_main):
+            print(f"checkpoint {folder / tag} is passed over: {faults[0]}", flush=True)
+    return None, told
+
+
+def _faults(checkpoint: Path, world: World | None) -> list[str]:
+    """What is wrong with a checkpoint, as far as one line a rank tells; every rank reads its share of the files."""
+    rank, size = (world.rank, world.size) if world else (0, 1)
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        records = read_record(CheckpointManifest, checkpoint / MANIFEST, STATE_VERSION).files
+        names = sorted(records)[rank::size]
+        fault = next((fault for name in names if (fault := _file_fault(checkpoint / name, records[name]))), None)
+    except ValueError as error:
+        fault = str(error)
+    faults = world.gather(fault and f"{fault} (seen from {socket.gethostname()})") if world else [fault]
+    return [fault for fault in faults if fault]
+
+
+def _file_fault(path: Path, record: FileRecord) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            return f"{path.name} has {size} bytes, expected {record.bytes}"
+        return None if hash_file(path) == record.xxh3_128 else f"{path.name} is damaged: its checksum differs"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+
+
+def _record(path: Path) -> FileRecord:
+    """What a file is now, once it lies on the disk: DeepSpeed leaves its files to the operating system."""
+    sync_file(path)
+    return FileRecord(path.stat().st_size, hash_file(path))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _generator_states() -> dict[str, torch.Tensor]:

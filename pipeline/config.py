@@ -40,6 +40,12 @@ class DataSettings:
     shards: FolderName
     """Folder that data_prep.build_shards wrote: manifest.json, tokenizer/, train/, heldout/."""
 
+    shards_recipe: str | None = None
+    """Recipe of data_prep.build_shards to build them by where they are missing; null: they must be there."""
+
+    tokenizer_recipe: str | None = None
+    """Recipe of data_prep.train_tokenizer that makes the tokenizer which shards_recipe names; null: it is there."""
+
     num_workers: NonNegativeInt = 0
     """Loader processes for each training process; 0 reads in the training process, which is fastest for short rows."""
 
@@ -205,6 +211,8 @@ MAY_CHANGE = (
     "output",
     "resume",
     "threads",
+    "data.shards_recipe",
+    "data.tokenizer_recipe",
     "data.shards",  # a folder may move: its contents are known by their fingerprint
     "data.num_workers",
     "engine.ds_config",

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.manifest import TOKENIZER_FOLDER, Manifest, check_folder
+from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, check_folder
 from data_prep.shards import ShardReader
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
-from pipeline.config import RunConfig
-from pipeline.engine import World
+from pipeline.config import DataSettings, RunConfig
+from pipeline.ending import AlreadyTold, Stopped
 from pipeline.loader import Batch, ElasticLoader, MakeBatch, heldout_batches, order_identity
 from pipeline.objectives import SpecialTokens, pretraining_batch
 from pipeline.order import OrderState
+from pipeline.stopping import POLL_SECONDS, StopRequest
+from pipeline.world import LAUNCHER_VARIABLES, World
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,34 @@ class Corpus:
     def identity(self) -> dict[str, int | str | None]:
         """What decides which samples come when, and what is evaluated; kept in every checkpoint."""
         return {**order_identity(self.train, self.order), "heldout_fingerprint": self.heldout.fingerprint}
+
+
+def build_missing_shards(settings: DataSettings, stop: StopRequest) -> None:
+    """Build the shards that are not there by the recipes that name them: each command goes on where it was interrupted.
+
+    Raises AlreadyTold where a command fails, and Stopped where it has to be given up.
+    """
+    if settings.shards_recipe is None or (Path(settings.shards) / MANIFEST_NAME).exists():
+        return
+    if settings.tokenizer_recipe is not None:
+        _run_command(["data_prep.train_tokenizer", "--recipe", settings.tokenizer_recipe], stop)
+    recipe = ["--recipe", settings.shards_recipe, "--output", settings.shards]
+    _run_command(["data_prep.build_shards", *recipe], stop)
+
+
+def _run_command(command: list[str], stop: StopRequest) -> None:
+    print("building what data.shards lacks: python -m", *command, flush=True)
+    # To the command, which may use MPI itself, our launcher's variables would say that it is one of many.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    with subprocess.Popen([sys.executable, "-m", *command], env=environment) as process:
+        while process.poll() is None:
+            if stop.reason is not None:
+                process.terminate()
+                raise Stopped(f"stopped by {stop.reason} while building shards: the same command goes on")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_SECONDS)
+    if process.returncode != 0:
+        raise AlreadyTold(f"python -m {' '.join(command)} ended with {process.returncode}")
 
 
 def open_corpus(config: RunConfig, world: World) -> Corpus:

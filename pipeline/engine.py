@@ -1,105 +1,79 @@
-"""The DeepSpeed engine: process group, optimizer, schedule, and the one place that builds an engine."""
+"""DeepSpeed: how its processes start, the optimizer and its schedule, and the one place that builds an engine."""
 
 import math
 import os
-import socket
 import warnings
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
-from torch.distributed import distributed_c10d
+from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from pipeline.build_locks import clear_stale_locks
 from pipeline.config import RunConfig, ScheduleSettings, build_ds_config
 from pipeline.mixing import Choice, mix
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all: its rank, their number, and the device that is its own."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
-        return self.rank == 0
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over all ranks, in place, as a collective; every rank must call it."""
-        dist.all_reduce(values)
-        return values
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier()
-
-    def on_main(self, action: Callable[[], Result]) -> Result:
-        """What `action` gives on rank 0, on every rank; no other rank runs it.
-
-        Where it raises ValueError or OSError, rank 0 raises that, and all others end with exit status 2 in silence.
-        """
-        if self.size == 1:
-            return action()
-        outcome: list[Any] = [None, False]
-        error = None
-        if self.is_main:
-            try:
-                outcome[0] = action()
-            except (ValueError, OSError) as raised:
-                outcome[1], error = True, raised
-        dist.broadcast_object_list(outcome, device=self.device)
-        if outcome[1]:
-            self.barrier()  # rank 0 must not be gone before the others have heard
-        if error is not None:
-            raise error
-        if outcome[1]:
-            raise SystemExit(2)
-        return outcome[0]
-
-    def agree(self, ok: bool) -> bool:
-        """Whether `ok` is true on every rank."""
-        flag = torch.tensor(int(ok), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag)
+from pipeline.world import Place, World, join_world
 
 
 def start_world(timeout_minutes: float, threads: int | None = None) -> World:
-    """Join the process group of the launcher, or found one of a single process where there is no launcher."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    """Join the processes of the launcher, or stand alone where there is no launcher.
+
+    Raises ValueError where the machine has fewer GPUs than processes; errors of join_world.
+    """
     # DeepSpeed calls collectives by names that newer versions of torch deprecate: nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    # DeepSpeed clones its groups with torch's default time limits, whatever init_distributed is given.
-    limit = timedelta(minutes=timeout_minutes)
-    distributed_c10d.default_pg_timeout = limit
-    if distributed_c10d.default_pg_nccl_timeout is not None:
-        distributed_c10d.default_pg_nccl_timeout = limit
-    deepspeed.init_distributed(timeout=limit, verbose=False)
+    if "RANK" not in os.environ:
+        _discover()
+    place = Place.from_environment()
+    _share_cores(place, threads)
+    if place.local_rank == 0:
+        clear_stale_locks()
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        device = torch.device("cpu")
-    else:
-        # Not every launcher sets LOCAL_RANK before init_distributed has discovered it.
-        device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
+    device = torch.device("cpu")
+    if accelerator.device_name() != "cpu":
+        if place.local_rank >= accelerator.device_count():
+            raise ValueError(
+                f"{place.local_size} processes on this machine, which has {accelerator.device_count()} GPU(s): lower "
+                "slots in the hostfile, --num_gpus or PROCESSES"
+            )
+        device = torch.device(accelerator.device_name(place.local_rank))
         accelerator.set_device(device.index)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    world = join_world(place, device, accelerator.communication_backend_name(), timedelta(minutes=timeout_minutes))
+    deepspeed.init_distributed(verbose=False)
+    return world
+
+
+def _discover() -> None:
+    """Set the variables that DeepSpeed's launcher sets, for mpirun or for a process of its own.
+
+    On one machine Open MPI's own variables tell all. For several, DeepSpeed asks MPI (mpi4py) for rank 0's address.
+    """
+    size, local_size = (os.environ.get(f"OMPI_COMM_WORLD_{name}", "1") for name in ("SIZE", "LOCAL_SIZE"))
+    # A port that all processes of a job know without asking, and other jobs hardly have.
+    port = 20000 + zlib.crc32(os.environ.get("PMIX_NAMESPACE", "").encode()) % 20000
+    if size != local_size:
+        deepspeed.comm.mpi_discovery(distributed_port=int(os.environ.get("MASTER_PORT", port)), verbose=False)
+        return
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_SIZE=local_size)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _share_cores(place: Place, threads: int | None) -> None:
+    """Give torch `threads`, or this process's share of the cores where neither recipe nor launcher says anything."""
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // place.local_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def seed_weights(seed: int) -> None:
@@ -114,12 +88,6 @@ def seed_dropout(seed: int, rank: int) -> None:
 
 def _seed_word(*words: int) -> int:
     return int(mix(*words)) & 0xFFFFFFFF  # torch's CPU generator reads no more bits than these
-
-
-def stop_world() -> None:
-    """Leave the process group; harmless where there is none."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def build_engine(model: nn.Module, config: RunConfig, world: World, run_dir: Path) -> DeepSpeedEngine:
@@ -164,9 +132,3 @@ def learning_rate_factor(settings: ScheduleSettings, total_steps: int) -> Callab
         return settings.final_ratio + (1 - settings.final_ratio) * remaining
 
     return factor
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -100,6 +101,7 @@ class ElasticLoader(Dataset):
                 sampler=range(num_steps),
                 num_workers=self.num_workers,
                 generator=torch.Generator(),
+                worker_init_fn=_ignore_stops,
             )
         )
         try:
@@ -155,6 +157,12 @@ def _heldout_batch(reader: RowReader, make_batch: MakeBatch, start: int, batch_s
         return batch
     batch.sample_ids[counted:] = -1
     return batch._replace(tensors=ignore_rows(batch.tensors, counted))
+
+
+def _ignore_stops(worker: int) -> None:
+    """Launchers send their signals to all processes: what a worker is needed for, its trainer decides."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read(reader: RowReader, make_batch: MakeBatch, ids: np.ndarray, epochs: np.ndarray) -> Batch:

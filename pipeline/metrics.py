@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from data_prep.files import atomic_file
+from data_prep.files import atomic_file, write_json
 
 METRICS_FILE = "metrics.jsonl"
+NONFINITE_FILE = "nonfinite.json"
 
 Values = Mapping[str, float | Mapping[str, float]]
 """What one line holds: numbers by name, or a table of numbers, as firing_rate_by_site is."""
@@ -69,6 +70,13 @@ class Metrics:
         self._log("heldout", step, values)
         if self._progress:
             self._progress.show_evaluation(step, values)
+
+    def write_nonfinite(self, record: Mapping[str, Any]) -> Path:
+        """Write down the step whose loss or gradient is not finite; returns the file."""
+        path = self.path.with_name(NONFINITE_FILE)
+        if self.enabled:
+            write_json(path, _without_nonfinite(record))
+        return path
 
     def close(self) -> None:
         """Leave the terminal to others. Every line is in the file already."""

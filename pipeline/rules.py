@@ -85,6 +85,15 @@ def _warm_start_faults(folder: str | None) -> Iterator[str]:
         yield f"model.warm_start: {folder!r} holds no model.safetensors: name the folder of a saved BERT model"
 
 
+def _builder_faults(shards_recipe: str | None, tokenizer_recipe: str | None) -> Iterator[str]:
+    recipes = {"data.shards_recipe": shards_recipe, "data.tokenizer_recipe": tokenizer_recipe}
+    for name, recipe in recipes.items():
+        if recipe is not None and not Path(recipe).is_file():
+            yield f"{name}: {recipe!r} does not exist: name a recipe, such as those of launch/recipes/data"
+    if tokenizer_recipe is not None and shards_recipe is None:
+        yield f"data.tokenizer_recipe: {tokenizer_recipe!r} has no effect without data.shards_recipe: name that, too"
+
+
 def _shuffle_faults(run: int, window: int | None) -> Iterator[str]:
     if run > 1 and window is None:
         yield (
@@ -148,6 +157,7 @@ RULES = (
     Rule(("model.preset",), _preset_faults),
     Rule(("model.preset", "model.overrides"), _override_faults),
     Rule(("model.warm_start",), _warm_start_faults),
+    Rule(("data.shards_recipe", "data.tokenizer_recipe"), _builder_faults),
     Rule(("data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,20 +11,19 @@ from models.amplitudes import SpikeStats, calibrate_amplitudes, spiking_stack, u
 from pipeline.checkpoint import Checkpointer, TrainState
 from pipeline.config import RunConfig, accumulation_steps
 from pipeline.corpus import Corpus
-from pipeline.engine import DeepSpeedEngine, World
+from pipeline.ending import NonFiniteError
+from pipeline.engine import DeepSpeedEngine
 from pipeline.loader import Batch
 from pipeline.metrics import Metrics, Throughput, peak_memory_bytes
 from pipeline.objectives import IGNORED, count_targets
+from pipeline.stopping import StopRequest
+from pipeline.world import World
 
 CALIBRATION_ROWS = 256
 """At most so many rows of the first global batch, a micro-batch of each rank, calibrate a fresh model."""
 
 OBJECTIVES = ("masked_lm", "next_sentence")
 """In the order of objectives.count_targets; each has a mean of its own."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; nothing of that step is saved."""
 
 
 @dataclass
@@ -44,6 +42,7 @@ class Trainer:
     Args:
         engine: the DeepSpeed engine around a SpikeLM model.
         state: where the run stands; its `recipe` and `data` go into every checkpoint.
+        stop: asked after every step; training stops, with a checkpoint, where any rank's says so.
     """
 
     def __init__(
@@ -55,6 +54,7 @@ class Trainer:
         checkpointer: Checkpointer,
         metrics: Metrics,
         state: TrainState,
+        stop: StopRequest,
     ) -> None:
         self.engine = engine
         self.config = config
@@ -63,13 +63,18 @@ class Trainer:
         self.checkpointer = checkpointer
         self.metrics = metrics
         self.state = state
+        self.stop = stop
+        self.stopped_by: str | None = None
+        """Who asked for the stop that `run` has followed."""
         self.accumulation = accumulation_steps(config, world.size)
         self.stack = spiking_stack(engine.module)
         self.throughput = Throughput()
 
     def run(self) -> TrainState:
-        """Train up to the last step (or training.stop_after_step); returns where the run stands then."""
+        """Train up to the last step (or training.stop_after_step, or a request); returns where the run stands then."""
         last = self._last_step()
+        if self._is_stopped():
+            return self.state  # a checkpoint of this state exists, or nothing has been done yet
         if self.state.step == 0:
             with self.throughput.paused():
                 self._start()
@@ -77,14 +82,18 @@ class Trainer:
             result = self.train_step(batch)
             self.state = self.state.after_step(self.config.training.global_batch_size)
             step = self.state.step
+            self.world.reached(step)
             self.throughput.add(self.config.training.global_batch_size * batch.tensors["input_ids"].shape[1])
             if self._due(self.config.logging.every, last):
                 self.metrics.log_step(step, self._step_values(result))
+            stopped = step < last and self._is_stopped()
             with self.throughput.paused():
                 if self._due(self.config.evaluation.every, last):
                     self.metrics.log_evaluation(step, self.evaluate())
-                if self._due(self.config.checkpoint.every, last):
+                if stopped or self._due(self.config.checkpoint.every, last):
                     self.checkpointer.save(self.engine, self.state)
+            if stopped:
+                break
         return self.state
 
     def train_step(self, batch: Batch) -> StepResult:
@@ -98,16 +107,17 @@ class Trainer:
         counts = self.world.sum(count_targets(batch.tensors).to(self.world.device, torch.float64))
         learning_rate = self.engine.get_lr()[0]  # read now: the step moves the schedule on
         factor = self.world.size * self.accumulation / counts.clamp(min=1)
-        loss_sums, stats = torch.zeros_like(counts), self._no_stats()
-        for number, micro_batch in enumerate(self._micro_batches(batch), start=1):
+        loss_sums, stats = [], self._no_stats()
+        for micro_batch in self._micro_batches(batch):
             output = self.engine(**micro_batch)
             sums = _loss_sums(output)
             self.engine.backward((sums * factor.to(sums.dtype)).sum())
-            loss_sums += sums.detach()
+            loss_sums.append(sums.detach())
             stats += SpikeStats(output.spike_stats)
-            if number == self.accumulation:
-                losses = self.world.sum(loss_sums) / counts.clamp(min=1)
-                self._refuse_nonfinite("loss", dict(zip(OBJECTIVES, losses.tolist(), strict=True)), batch)
+            if len(loss_sums) == self.accumulation:
+                losses = self.world.sum(torch.stack(loss_sums).to(counts).sum(0)) / counts.clamp(min=1)
+                named = dict(zip(OBJECTIVES, losses.tolist(), strict=True))
+                self._refuse_nonfinite("loss", named, batch, torch.stack(loss_sums))
             self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         applied = self.engine.was_step_applied()  # DeepSpeed skips a bf16 step whose gradients overflow
@@ -169,14 +179,34 @@ class Trainer:
     def _no_stats(self) -> SpikeStats:
         return SpikeStats.zeros(len(self.stack.site_names), self.stack.config.num_timesteps, self.world.device)
 
-    def _refuse_nonfinite(self, what: str, values: dict[str, float], batch: Batch) -> None:
+    def _is_stopped(self) -> bool:
+        """Whether any rank has been asked to stop."""
+        if not self.world.agree(self.stop.reason is None):
+            self.stopped_by = next(filter(None, self.world.gather(self.stop.reason)))
+        return self.stopped_by is not None
+
+    def _refuse_nonfinite(
+        self, what: str, values: dict[str, float], batch: Batch, loss_sums: Tensor | None = None
+    ) -> None:
+        """NonFiniteError, the same on all ranks, where one of `values` is NaN or infinite.
+
+        The samples of the step are written down before: all, by rank, and those of the micro-batches whose own losses
+        `loss_sums` [micro-batches, objectives] are not finite.
+        """
         if all(math.isfinite(value) for value in values.values()):
             return
+        step, ids = self.state.step + 1, batch.sample_ids.reshape(self.accumulation, -1)
+        suspects = torch.zeros(self.accumulation, dtype=torch.bool)
+        if loss_sums is not None:
+            suspects = ~loss_sums.isfinite().all(1).cpu()
+        samples = {"samples": ids.flatten().tolist(), "suspects": ids[suspects].flatten().tolist()}
+        record = {"step": step, "what": what, "values": values, "ranks": self.world.gather(samples)}
+        path = self.metrics.write_nonfinite(record)
         named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise NonFiniteError(
-            f"the {what} of step {self.state.step + 1} is not finite ({named}); rank {self.world.rank} had samples "
-            f"{batch.sample_ids.tolist()}. Nothing of this step is saved. In a new run (--name), lower "
-            "optimizer.learning_rate, set optimizer.clip_norm, or set model.neuron.reset normalized"
+            f"the {what} of step {step} is not finite ({named}). Nothing of this step is saved; its samples stand in "
+            f"{path}. In a new run (--name), lower optimizer.learning_rate, set optimizer.clip_norm, or set "
+            "model.neuron.reset normalized"
         )
 
     def _step_values(self, result: StepResult) -> dict[str, float | dict[str, float]]:
@@ -198,11 +228,6 @@ class Trainer:
             return {}
         rates = dict(zip(self.stack.site_names, stats.firing_rate.mean(1).tolist(), strict=True))
         return {"firing_rate": sum(rates.values()) / len(rates), "firing_rate_by_site": rates}
-
-
-def run_folder(config: RunConfig) -> Path:
-    """Where everything about this run lies."""
-    return Path(config.output) / config.name
 
 
 def _loss_sums(output: object) -> Tensor:

@@ -21,7 +21,10 @@ PACKAGES = ("models", "pipeline", "data_prep")
 MAX_LINES = 500
 
 # Inside pipeline: commands import running parts, which import foundations. A new module takes its place here.
-RUNNING_PARTS = {"trainer", "engine", "checkpoint", "model", "model_card", "corpus", "loader", "metrics"}
+RUNNING_PARTS = {
+    *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "corpus", "loader", "metrics"),
+    *("world", "ending", "stopping", "build_locks"),
+}
 FOUNDATIONS = {"order", "mixing", "objectives", "config", "rules"}
 SHARED_BY_DATA_PREP = {f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "tokenization")}
 DEEPSPEED_MODULES = {"pipeline.engine", "pipeline.checkpoint"}

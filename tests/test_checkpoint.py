@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.files import hash_file
 from data_prep.recipes import settings_to_dict
-from pipeline.checkpoint import Checkpointer, CheckpointError, TrainState, find_start, is_complete
+from pipeline.checkpoint import Checkpointer, CheckpointError, TrainState, find_start, resolve_checkpoint
 from tests.distributed.reference import config
 from tests.tiny import OneProcess
 
@@ -59,20 +60,92 @@ def test_a_torn_checkpoint_is_passed_over_and_its_name_used_again(checkpointer, 
     assert checkpointer.newest().name == "step00000002"
 
 
-def test_a_truncated_file_makes_a_checkpoint_incomplete(checkpointer, run):
+def _truncate(path):
+    with open(path, "r+b") as file:
+        file.truncate(3)
+
+
+def _flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "weights.pt has 3 bytes, expected 23": _truncate,
+    "weights.pt is damaged": _flip_a_bit,
+    "weights.pt cannot be read: No such file": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_named(checkpointer, run, fault, capsys):
     checkpointer.save(Engine(), _state(run, 1))
     newest = checkpointer.save(Engine(), _state(run, 2))
-    assert is_complete(newest)
-    with open(newest / "weights.pt", "r+b") as file:
-        file.truncate(3)
-    assert not is_complete(newest)
+    assert checkpointer.newest() == newest
+    DAMAGES[fault](newest / "weights.pt")
     assert checkpointer.newest().name == "step00000001"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"checkpoint {newest} is passed over: {fault}")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train_state.json"])
+def test_a_checkpoint_whose_own_files_are_no_json_is_passed_over(checkpointer, run, name):
+    checkpointer.save(Engine(), _state(run, 1))
+    newest = checkpointer.save(Engine(), _state(run, 2))
+    (newest / name).write_text("{")
+    assert checkpointer.newest().name == "step00000001"
+
+
+def test_the_names_in_latest_are_for_others(checkpointer, run):
+    checkpointer.save(Engine(), _state(run, 1))
+    (checkpointer.folder / "latest").write_text("")
+    assert checkpointer.newest().name == "step00000001"
+    assert resolve_checkpoint(checkpointer.folder.parent).name == "step00000001"
+
+
+class FullDisk(Engine):
+    """Fails in the middle, as torch does where a write fails."""
+
+    def save_checkpoint(self, folder, tag, save_latest):
+        super().save_checkpoint(folder, tag, save_latest)
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed\nmore")
+
+
+def test_a_save_that_fails_leaves_what_there_was(checkpointer, run):
+    kept = checkpointer.save(Engine(), _state(run, 1))
+    with pytest.raises(CheckpointError, match=r"step00000002 cannot be written: Pytorch.*failed \([\d,]+ MB are free"):
+        checkpointer.save(FullDisk(), _state(run, 2))
+    assert sorted(path.name for path in checkpointer.folder.iterdir()) == ["latest", "step00000001"]
+    assert checkpointer.newest() == kept
+
+
+def test_a_peer_that_is_lost_in_a_save_is_not_a_full_disk(checkpointer, run):
+    engine = Engine()
+    engine.save_checkpoint = lambda folder, tag, save_latest: _raise(RuntimeError("[/gloo/pair.cc] Connection closed"))
+    with pytest.raises(RuntimeError, match="Connection closed") as caught:
+        checkpointer.save(engine, _state(run, 2))
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def _raise(error):
+    raise error
+
+
+def test_an_engine_that_cannot_load_says_which_checkpoint(checkpointer, run):
+    saved = checkpointer.save(Engine(), _state(run, 1))
+    engine = Engine()
+    engine.load_checkpoint = lambda folder, tag: _raise(AssertionError())
+    with pytest.raises(CheckpointError, match=r"step00000001 cannot be loaded: AssertionError"):
+        checkpointer.load(engine, saved)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(checkpointer, run):
     saved = checkpointer.save(Engine(), _state(run, 1))
     (saved / "weights.pt").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is complete any more"):
+    with pytest.raises(
+        CheckpointError, match="is intact any more .step00000001: weights.pt cannot be read"
+    ):
         checkpointer.newest()
 
 
@@ -145,7 +218,7 @@ def test_resume_takes_a_checkpoint_its_folder_or_its_run(checkpointer, run, tmp_
     for given in (saved, checkpointer.folder, checkpointer.folder.parent):
         checkpoint, state = find_start(replace(run, resume=str(given)), other, DATA)
         assert (checkpoint, state.step) == (saved, 4)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
         find_start(replace(run, resume=str(tmp_path / "other")), other, DATA)
 
 
@@ -154,7 +227,8 @@ def test_a_checkpoint_of_another_version_is_refused(checkpointer, run):
     values = json.loads((saved / "train_state.json").read_text())
     (saved / "train_state.json").write_text(json.dumps({**values, "version": 99}))
     manifest = json.loads((saved / "manifest.json").read_text())
-    manifest["files"]["train_state.json"] = (saved / "train_state.json").stat().st_size
+    state = saved / "train_state.json"
+    manifest["files"]["train_state.json"] = {"bytes": state.stat().st_size, "xxh3_128": hash_file(state)}
     (saved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="version 99"):
         find_start(run, checkpointer, DATA)

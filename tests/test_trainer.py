@@ -9,9 +9,11 @@ import torch
 from models.amplitudes import spiking_stack
 from models.modeling import SpikeLMForMaskedLM
 from pipeline.checkpoint import TrainState
+from pipeline.ending import NonFiniteError
 from pipeline.loader import heldout_batches
 from pipeline.objectives import IGNORED, count_targets
-from pipeline.trainer import NonFiniteError, Trainer
+from pipeline.stopping import StopRequest
+from pipeline.trainer import Trainer
 from tests.distributed import reference
 from tests.tiny import OneProcess
 
@@ -63,13 +65,17 @@ class Recorder:
     """Stands in for metrics and checkpoints alike: remembers what it was called with."""
 
     def __init__(self):
-        self.train, self.heldout, self.saved = [], [], []
+        self.train, self.heldout, self.saved, self.nonfinite = [], [], [], []
 
     def log_step(self, step, values):
         self.train.append((step, values))
 
     def log_evaluation(self, step, values):
         self.heldout.append((step, values))
+
+    def write_nonfinite(self, record):
+        self.nonfinite.append(record)
+        return "nonfinite.json"
 
     def save(self, engine, state):
         self.saved.append(state)
@@ -82,7 +88,7 @@ def make_trainer(kind="none", accumulation=1, module=None, **training):
     recorder = Recorder()
     state = TrainState(0, 0, world_size=1, zero_stage=2, data={})
     engine = PlainEngine(module, accumulation)
-    return Trainer(engine, config, OneProcess(), Corpus(), recorder, recorder, state), recorder
+    return Trainer(engine, config, OneProcess(), Corpus(), recorder, recorder, state, StopRequest()), recorder
 
 
 def _weights(trainer):
@@ -109,15 +115,19 @@ def test_a_step_without_targets_of_a_kind_still_trains():
     assert any(not torch.equal(a, b) for a, b in zip(before, _weights(trainer), strict=True))
 
 
-def test_a_nonfinite_loss_stops_before_the_update_and_names_the_samples():
-    trainer, _ = make_trainer()
+def test_a_nonfinite_loss_stops_before_the_update_and_its_samples_are_written_down():
+    trainer, recorder = make_trainer(accumulation=2)
     with torch.no_grad():
         trainer.engine.module.next_sentence_head.bias.fill_(math.nan)
     before = _weights(trainer)
     batch = next(reference.loader().batches(1))
-    with pytest.raises(NonFiniteError, match=r"step 1 .*next_sentence nan.*\[\d+, ") as caught:
+    batch.tensors["next_sentence_label"][: len(batch.sample_ids) // 2] = IGNORED  # the first micro-batch knows no pairs
+    with pytest.raises(NonFiniteError, match=r"step 1 .*next_sentence nan.*stand in nonfinite.json"):
         trainer.train_step(batch)
-    assert str(batch.sample_ids.tolist()) in str(caught.value)
+    (record,) = recorder.nonfinite
+    samples = batch.sample_ids.tolist()
+    assert (record["step"], record["what"]) == (1, "loss")
+    assert record["ranks"] == [{"samples": samples, "suspects": samples[len(samples) // 2 :]}]
     assert trainer.engine.steps == 0
     for old, new in zip(before, _weights(trainer), strict=True):
         assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
@@ -197,6 +207,29 @@ def test_a_fresh_model_is_calibrated_and_a_calibrated_one_is_not():
     trainer, _ = make_trainer(module=kept)
     trainer._start()
     assert (spiking_stack(kept).amplitudes == 0.5).all()
+
+
+def test_a_request_to_stop_is_followed_after_the_step_with_a_checkpoint():
+    trainer, recorder = make_trainer(total_steps=9)
+    trainer.config = replace(trainer.config, logging=replace(trainer.config.logging, every=1))
+    recorder.log_step = lambda step, values: setattr(trainer.stop, "reason", "SIGTERM" if step == 2 else None)
+    assert trainer.run().step == 2
+    assert [state.step for state in recorder.saved] == [2]
+    assert trainer.stopped_by == "SIGTERM"
+
+
+def test_a_request_to_stop_before_the_first_step_leaves_everything_as_it_is():
+    trainer, recorder = make_trainer(total_steps=9)
+    trainer.stop.reason = "SIGTERM"
+    assert trainer.run().step == 0
+    assert not recorder.saved and not recorder.heldout
+
+
+def test_a_request_in_the_last_step_comes_too_late_to_stop_it():
+    trainer, recorder = make_trainer(total_steps=2)
+    recorder.log_step = lambda step, values: setattr(trainer.stop, "reason", "SIGTERM" if step == 2 else None)
+    assert trainer.run().step == 2
+    assert trainer.stopped_by is None and recorder.heldout[-1][0] == 2
 
 
 def test_stop_after_step_ends_early_with_a_checkpoint():

@@ -74,8 +74,14 @@ class OneProcess:
     def sum(self, values):
         return values
 
+    def reached(self, step):
+        pass
+
     def agree(self, ok):
         return ok
+
+    def gather(self, value):
+        return [value]
 
     def on_main(self, action):
         return action()

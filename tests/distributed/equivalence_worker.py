@@ -11,8 +11,9 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 from models.amplitudes import spiking_stack
-from pipeline.engine import build_engine, start_world, stop_world
+from pipeline.engine import build_engine, start_world
 from pipeline.trainer import Trainer
+from pipeline.world import leave_world
 from tests.distributed import reference
 
 CLIP_NORM = 5.0  # acts in some of the steps: AdamW would not notice gradients that are all scaled alike
@@ -37,7 +38,7 @@ def train(kind, settings, world):
     model = reference.model(kind)
     spiking_stack(model).set_checkpointing(config.engine.checkpointing)
     engine = build_engine(model, config, world, Path("unused"))
-    trainer = Trainer(engine, config, world, corpus=None, checkpointer=None, metrics=None, state=None)
+    trainer = Trainer(engine, config, world, corpus=None, checkpointer=None, metrics=None, state=None, stop=None)
     gradients, step = {}, engine.step
 
     def step_after_reading_gradients():
@@ -59,7 +60,7 @@ def main():
     world = start_world(timeout_minutes=2)
     for name, (kind, settings) in CASES.items():
         save_file(train(kind, settings, world), folder / f"{name}_rank{world.rank}.safetensors")
-    stop_world()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,214 @@
+"""How a process of a run ends: its exit code, one message for all ranks, and nobody left waiting for the dead."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from pipeline.stopping import JOB_FOLDER
+
+FINISHED = 0
+"""At the last step, or at training.stop_after_step."""
+FAILED = 1
+"""A fault of this program: a traceback tells more."""
+BAD_INPUT = 2
+"""Recipe, data, checkpoint, folder or disk cannot work; the message says what to do."""
+NOT_FINITE = 3
+"""A loss or a gradient is NaN or infinite."""
+PROCESS_LOST = 4
+"""Another process of the run died or no longer answers. The same command goes on from the newest checkpoint."""
+STOPPED = 75
+"""Stopped on request, after a checkpoint. The same command goes on."""
+
+POLL_SECONDS = 0.5
+ANSWER_SECONDS = 3.0
+"""Within which a rank that is alive has answered the roll call, or told that it fails."""
+PATIENCE_SECONDS = 10.0
+"""How long a rank that fails waits for the others to hear of it, and a thread for its main thread to find out."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite; nothing of that step is saved."""
+
+
+class Stopped(Exception):
+    """A request to stop was followed before there was anything to save."""
+
+
+class AlreadyTold(ValueError):
+    """Another program cannot go on with what it was given, and has said why."""
+
+
+class LostProcess(RuntimeError):
+    """A process of the run has not come, or does not answer; the message names it."""
+
+
+class RollCall:
+    """Where the ranks of a run look for each other when something ends: a store that rank 0 keeps.
+
+    A thread of every rank answers there for it, since its main thread may be waiting in a collective for a process
+    that is gone.
+
+    Args:
+        connect: opens a connection to the store that no other thread uses.
+    """
+
+    def __init__(self, rank: int, size: int, connect: Callable[[], dist.Store]) -> None:
+        self.rank = rank
+        self.size = size
+        self.step = 0
+        """Where this rank is: the optimizer steps that it has done."""
+        self.failed: int | None = None
+        """Exit code of another rank that has failed before this one."""
+        self._connect = connect
+        self._gone: set[int] = set()
+        self._closed = threading.Event()
+
+    def watch(self) -> None:
+        """Answer for this rank from now on, and end it where another fails while it waits for that one."""
+        threading.Thread(target=self._answer, args=(self._connect(),), daemon=True, name="roll-call").start()
+
+    def close(self) -> None:
+        """From here on the run ends well: nobody is missed any more."""
+        self._closed.set()
+
+    def fail(self, code: int) -> bool:
+        """Tell the others that this rank ends with `code`. Whether it is the first to fail, who prints the message."""
+        try:
+            told = self._connect().compare_set("failed", "", f"{self.rank} {code}")
+        except dist.DistError:  # rank 0 has gone, and the store with it
+            return self.rank == 1
+        return told == f"{self.rank} {code}".encode()
+
+    def linger(self) -> None:
+        """Wait until every rank that is alive has heard of the failure: the store ends with rank 0."""
+        names = [f"heard{rank}" for rank in range(self.size) if rank != self.rank and rank not in self._gone]
+        try:
+            store = self._connect()
+            _wait_until(lambda: store.check(names), PATIENCE_SECONDS)
+        except dist.DistError:
+            return
+
+    def missing(self) -> str:
+        """Which ranks keep this one waiting: those that do not answer, or those that are steps behind."""
+        try:
+            here = self._answers(self._connect())
+        except dist.DistError:
+            self._gone = {0}
+            return "rank 0 is gone"
+        self._gone = set(range(self.size)) - set(here)
+        if self._gone:
+            return f"{_ranks(self._gone)} not answering: killed, hanging or cut off"
+        latest = max(here.values())
+        late = [rank for rank, step in here.items() if step < latest]
+        if late:
+            return f"{_ranks(late)} not beyond step {max(here[rank] for rank in late)}, others at step {latest}"
+        return f"all {self.size} ranks answer, at step {latest}: look at the network between them"
+
+    def _answer(self, store: dist.Store) -> None:
+        answered = False
+        while not self._closed.wait(POLL_SECONDS):
+            try:
+                if not answered and store.check(["roll call"]):
+                    answered = True
+                    store.set(f"here{self.rank}", str(self.step))
+                if store.check(["failed"]):
+                    self.failed = int(store.get("failed").split()[1])
+                    store.set(f"heard{self.rank}", "yes")
+                    break
+            except dist.DistError:
+                break
+        if not self._closed.wait(PATIENCE_SECONDS):
+            leave(self.failed or PROCESS_LOST)  # the main thread hangs: it came to no error of its own
+
+    def _answers(self, store: dist.Store) -> dict[int, int]:
+        """Steps by rank, of all ranks that answer in time."""
+        store.set("roll call", "now")
+        store.set(f"here{self.rank}", str(self.step))
+        _wait_until(lambda: store.check([f"here{rank}" for rank in range(self.size)]), ANSWER_SECONDS)
+        return {rank: int(store.get(f"here{rank}")) for rank in range(self.size) if store.check([f"here{rank}"])}
+
+
+def end_by(error: BaseException, roll_call: RollCall | None) -> NoReturn:
+    """End this process because of `error`: the first of all ranks says why, once, and none outlasts the others.
+
+    Without a roll call there is no other rank yet that knows better: rank 0 speaks.
+    """
+    if roll_call is None:
+        if int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0) == 0:
+            _tell(error)
+        leave(_code_of(error))
+    reason = None
+    if is_lost(error):
+        _wait_until(lambda: roll_call.failed is not None, ANSWER_SECONDS)  # one that failed tells the others
+        reason = roll_call.missing() if roll_call.failed is None else None
+    if roll_call.failed is not None:
+        leave(roll_call.failed)
+    code = _code_of(error)
+    if roll_call.fail(code):
+        _tell(error, reason)
+    roll_call.linger()
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, whatever its threads wait for, leaving its exit code to launch/pretrain.sh."""
+    leave_code(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def leave_code(code: int) -> None:
+    """Write the exit code to where launch/pretrain.sh looks for it: launchers do not always pass it on."""
+    job = os.environ.get(JOB_FOLDER)
+    if job:
+        with suppress(FileExistsError), open(Path(job) / "exit_code", "x", encoding="utf-8") as file:
+            file.write(f"{code}\n")
+
+
+def _tell(error: BaseException, reason: str | None = None) -> None:
+    if isinstance(error, AlreadyTold):
+        return
+    if reason is not None:
+        cause = str(error).strip().partition("\n")[0]
+        text = f"error: {reason}. The same command goes on from the newest checkpoint ({cause})"
+    elif _code_of(error) == FAILED:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    else:
+        text = str(error) if isinstance(error, Stopped) else f"error: {error}"
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _code_of(error: BaseException) -> int:
+    if isinstance(error, Stopped):
+        return STOPPED
+    if isinstance(error, NonFiniteError):
+        return NOT_FINITE
+    if isinstance(error, LostProcess) or is_lost(error):
+        return PROCESS_LOST
+    return BAD_INPUT if isinstance(error, ValueError | OSError) else FAILED
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether torch says that a collective came to nothing: gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    names = [str(rank) for rank in sorted(ranks)]
+    return f"rank {names[0]} is" if len(names) == 1 else f"ranks {', '.join(names)} are"
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -1,0 +1,85 @@
+"""Requests to stop: signals, a launcher that is gone, and a file that launch/pretrain.sh makes.
+
+Nothing is interrupted by them. Training asks after every step, agrees over all ranks, saves and leaves.
+"""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+JOB_FOLDER = "SPIKELM_JOB"
+"""Environment variable with the folder that launch/pretrain.sh shares with its processes: `stop`, `exit_code`."""
+
+POLL_SECONDS = 0.5
+
+
+class StopRequest:
+    """Whether somebody wants this process to stop; `reason` says who, and is None while nobody does."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def listen(self) -> None:
+        """From now on take SIGTERM and SIGINT as requests, and watch launchers and file from a thread.
+
+        A launcher that is killed leaves its processes behind, so these look for themselves.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._watch, args=(_launchers(),), daemon=True, name="stop-request").start()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # who presses Ctrl-C again will not wait for a checkpoint
+
+    def _watch(self, launchers: list[psutil.Process] | None) -> None:
+        job = os.environ.get(JOB_FOLDER)
+        waiting = threading.Event()
+        while self.reason is None:
+            if launchers is None or not all(map(_is_alive, launchers)):
+                self.reason = "the loss of its launcher"
+            elif job and (Path(job) / "stop").exists():
+                self.reason = "launch/pretrain.sh"
+            waiting.wait(POLL_SECONDS)
+
+
+def _launchers() -> list[psutil.Process] | None:
+    """The processes without which this one must not go on; None where they are gone already.
+
+    Of DeepSpeed these are launch.py and, above it, the command `deepspeed`, or the ssh server on a machine that was
+    reached by ssh. launch/pretrain.sh stands above the command.
+    """
+    if "CROSS_SIZE" in os.environ:  # set by DeepSpeed's launch.py alone
+        fronts = ("deepspeed", "sshd")
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ:
+        fronts = ("mpirun", "mpiexec", "prterun", "prted", "orted")
+    else:
+        return []
+    ancestors = psutil.Process().parents()
+    names = [_name(ancestor) for ancestor in ancestors]
+    front = next((place for place, name in enumerate(names) if name.startswith(fronts)), None)
+    if front is None:
+        return None
+    has_script = JOB_FOLDER in os.environ and names[front] in ("deepspeed", "mpirun", "mpiexec", "prterun")
+    return ancestors[: front + 1 + has_script]
+
+
+def _name(process: psutil.Process) -> str:
+    """What a process is called: of a script its own name, not its interpreter's."""
+    try:
+        script = next((Path(word).name for word in process.cmdline()[1:2]), "")
+        return "deepspeed" if script == "deepspeed" else process.name()
+    except psutil.Error:
+        return ""
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
