@@ -17,10 +17,12 @@ def _refuse_strangers() -> None:
             if (os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0") == "0":
                 print(
                     f"error: Python finds the package {name} in {', '.join(map(str, found)) or 'no folder'}, not in "
-                    f"{_ROOT / name}: work in another folder, or put {_ROOT} first in PYTHONPATH, as launch/env.sh does",
+                    f"{_ROOT / name}: work in another folder, or put {_ROOT} first in PYTHONPATH like launch/env.sh",
                     file=sys.stderr,
                 )
             raise SystemExit(2)
 
 
 _refuse_strangers()
+# Of what torch's C++ has to say errors alone: about a process that is lost it warns in pages of addresses.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

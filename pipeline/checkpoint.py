@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.files import atomic_file, hash_file, read_record, sync_file, write_json
 from data_prep.recipes import settings_from_dict, settings_to_dict
 from pipeline.config import RunConfig, differences, zero_stage
-from pipeline.ending import is_lost
+from pipeline.ending import first_line, is_lost
 from pipeline.engine import DeepSpeedEngine
 from pipeline.loader import identity_differences
 from pipeline.world import World
@@ -132,7 +132,7 @@ class Checkpointer:
                 raise
             free = shutil.disk_usage(next(folder for folder in (self.folder, *self.folder.parents) if folder.exists()))
             raise CheckpointError(
-                f"{target} cannot be written: {_first_line(error)} ({free.free / 1e6:,.0f} MB are free there): make "
+                f"{target} cannot be written: {first_line(error)} ({free.free / 1e6:,.0f} MB are free there): make "
                 "room, or set checkpoint.keep lower; the same command then goes on from the checkpoint before"
             ) from error
         return target
@@ -144,7 +144,7 @@ class Checkpointer:
         except (OSError, RuntimeError, AssertionError, KeyError) as error:
             if is_lost(error):
                 raise
-            raise CheckpointError(f"{checkpoint} cannot be loaded: {_first_line(error)}; give another one") from error
+            raise CheckpointError(f"{checkpoint} cannot be loaded: {first_line(error)}; give another one") from error
         if loaded is None:
             raise CheckpointError(f"{checkpoint}: DeepSpeed found nothing to load; give another checkpoint")
         _restore_generators(load_file(checkpoint / f"generators_rank{self.world.rank}.safetensors"))
@@ -264,10 +264,6 @@ def _record(path: Path) -> FileRecord:
     """What a file is now, once it lies on the disk: DeepSpeed leaves its files to the operating system."""
     sync_file(path)
     return FileRecord(path.stat().st_size, hash_file(path))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _generator_states() -> dict[str, torch.Tensor]:

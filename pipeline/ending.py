@@ -1,6 +1,7 @@
 """How a process of a run ends: its exit code, one message for all ranks, and nobody left waiting for the dead."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -8,11 +9,13 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
 from pipeline.stopping import JOB_FOLDER
+
+Result = TypeVar("Result")
 
 FINISHED = 0
 """At the last step, or at training.stop_after_step."""
@@ -60,20 +63,24 @@ class RollCall:
         connect: opens a connection to the store that no other thread uses.
     """
 
-    def __init__(self, rank: int, size: int, connect: Callable[[], dist.Store]) -> None:
+    def __init__(self, rank: int, size: int, local_rank: int, connect: Callable[[], dist.Store]) -> None:
         self.rank = rank
         self.size = size
+        self.local_rank = local_rank
         self.step = 0
         """Where this rank is: the optimizer steps that it has done."""
         self.failed: int | None = None
         """Exit code of another rank that has failed before this one."""
-        self._connect = connect
-        self._gone: set[int] = set()
+        # Opened now: later a store that is gone would be waited for.
+        self._store, self._store_of_thread = connect(), connect()
+        self._gone: set[int] = set()  # who cannot hear of a failure any more, or knows of it
+        self._is_silent = False  # whether the store has not answered
+        self._ending = False  # whether the main thread has come to an end itself
         self._closed = threading.Event()
 
     def watch(self) -> None:
         """Answer for this rank from now on, and end it where another fails while it waits for that one."""
-        threading.Thread(target=self._answer, args=(self._connect(),), daemon=True, name="roll-call").start()
+        threading.Thread(target=self._answer, args=(self._store_of_thread,), daemon=True, name="roll-call").start()
 
     def close(self) -> None:
         """From here on the run ends well: nobody is missed any more."""
@@ -81,28 +88,27 @@ class RollCall:
 
     def fail(self, code: int) -> bool:
         """Tell the others that this rank ends with `code`. Whether it is the first to fail, who prints the message."""
-        try:
-            told = self._connect().compare_set("failed", "", f"{self.rank} {code}")
-        except dist.DistError:  # rank 0 has gone, and the store with it
-            return self.rank == 1
-        return told == f"{self.rank} {code}".encode()
+        self._ending = True
+        words = f"{self.rank} {code}"
+        first = self._ask(lambda: self._store.compare_set("failed", "", words).decode())
+        if first is None:
+            return _speaks_without_rank_0(self.rank, self.local_rank)
+        self._ask(lambda: self._store.set(f"heard{self.rank}", "yes"))
+        self._gone.add(int(first.split()[0]))
+        return first == words
 
     def linger(self) -> None:
-        """Wait until every rank that is alive has heard of the failure: the store ends with rank 0."""
-        names = [f"heard{rank}" for rank in range(self.size) if rank != self.rank and rank not in self._gone]
-        try:
-            store = self._connect()
-            _wait_until(lambda: store.check(names), PATIENCE_SECONDS)
-        except dist.DistError:
-            return
+        """On rank 0, with which the store ends, and on the first to fail: wait until all that live have heard of it."""
+        names = [f"heard{rank}" for rank in range(self.size) if rank not in self._gone]
+        if self.rank in {0, *self._gone}:
+            self._ask(lambda: _wait_until(lambda: self._store.check(names), PATIENCE_SECONDS), PATIENCE_SECONDS)
 
     def missing(self) -> str:
         """Which ranks keep this one waiting: those that do not answer, or those that are steps behind."""
-        try:
-            here = self._answers(self._connect())
-        except dist.DistError:
-            self._gone = {0}
-            return "rank 0 is gone"
+        self._ending = True
+        here = self._ask(self._answers)
+        if here is None:
+            return f"{_ranks([0])} not answering: killed, hanging or cut off"
         self._gone = set(range(self.size)) - set(here)
         if self._gone:
             return f"{_ranks(self._gone)} not answering: killed, hanging or cut off"
@@ -125,11 +131,30 @@ class RollCall:
                     break
             except dist.DistError:
                 break
-        if not self._closed.wait(PATIENCE_SECONDS):
-            leave(self.failed or PROCESS_LOST)  # the main thread hangs: it came to no error of its own
+        if self._closed.wait(PATIENCE_SECONDS) or self._ending:
+            return
+        # The main thread hangs: it has come to no error of its own.
+        if self.failed is None and _speaks_without_rank_0(self.rank, self.local_rank):
+            _tell(LostProcess("rank 0 is not answering any more. The same command goes on from the newest checkpoint"))
+        leave(self.failed or PROCESS_LOST)
 
-    def _answers(self, store: dist.Store) -> dict[int, int]:
+    def _ask(self, question: Callable[[], Result], seconds: float = ANSWER_SECONDS) -> Result | None:
+        """What the store answers; None where rank 0 is gone, or stands still and so lets everybody wait for ever."""
+        answers: list[Result] = []
+
+        def ask() -> None:
+            with suppress(dist.DistError):
+                answers.append(question())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(0 if self._is_silent else seconds + ANSWER_SECONDS)
+        self._is_silent = not answers
+        return answers[0] if answers else None
+
+    def _answers(self) -> dict[int, int]:
         """Steps by rank, of all ranks that answer in time."""
+        store = self._store
         store.set("roll call", "now")
         store.set(f"here{self.rank}", str(self.step))
         _wait_until(lambda: store.check([f"here{rank}" for rank in range(self.size)]), ANSWER_SECONDS)
@@ -139,11 +164,15 @@ class RollCall:
 def end_by(error: BaseException, roll_call: RollCall | None) -> NoReturn:
     """End this process because of `error`: the first of all ranks says why, once, and none outlasts the others.
 
-    Without a roll call there is no other rank yet that knows better: rank 0 speaks.
+    Without a roll call there is no other rank, or all see the same: rank 0 speaks.
     """
     if roll_call is None:
-        if int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0) == 0:
+        rank, local_rank = _told_by_launcher("RANK"), _told_by_launcher("LOCAL_RANK")
+        if rank == 0 or (isinstance(error, LostProcess) and _speaks_without_rank_0(rank, local_rank)):
             _tell(error)
+        else:  # launchers kill all processes when one ends, and rank 0 may be about to speak
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(ANSWER_SECONDS)
         leave(_code_of(error))
     reason = None
     if is_lost(error):
@@ -156,6 +185,20 @@ def end_by(error: BaseException, roll_call: RollCall | None) -> NoReturn:
         _tell(error, reason)
     roll_call.linger()
     leave(code)
+
+
+def _told_by_launcher(name: str) -> int:
+    return int(os.environ.get(name) or os.environ.get(f"OMPI_COMM_WORLD_{name}") or 0)
+
+
+def _speaks_without_rank_0(rank: int, local_rank: int) -> bool:
+    """Where the store is gone nobody knows who speaks first: one of each machine does, and on rank 0's rank 1."""
+    return rank == 1 or local_rank == 0
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def leave(code: int) -> NoReturn:
@@ -178,8 +221,7 @@ def _tell(error: BaseException, reason: str | None = None) -> None:
     if isinstance(error, AlreadyTold):
         return
     if reason is not None:
-        cause = str(error).strip().partition("\n")[0]
-        text = f"error: {reason}. The same command goes on from the newest checkpoint ({cause})"
+        text = f"error: {reason}. The same command goes on from the newest checkpoint ({first_line(error)})"
     elif _code_of(error) == FAILED:
         text = "".join(traceback.format_exception(error)).rstrip()
     else:

@@ -47,6 +47,8 @@ def start_world(timeout_minutes: float, threads: int | None = None) -> World:
         device = torch.device(accelerator.device_name(place.local_rank))
         accelerator.set_device(device.index)
     world = join_world(place, device, accelerator.communication_backend_name(), timedelta(minutes=timeout_minutes))
+    # Shared memory for inference: DeepSpeed would compile it now, and leave 66 MB a process in /dev/shm for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return world
 

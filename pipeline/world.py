@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from pipeline.ending import LostProcess, RollCall
+from pipeline.ending import LostProcess, RollCall, first_line
 
 Result = TypeVar("Result")
 
@@ -100,9 +99,7 @@ class World:
         self._decisions += 1
         key = f"decision {self._decisions}"
         if self.is_main:
-            decision = action()
-            self._store.set(key, json.dumps(decision))
-            return decision
+            self._store.set(key, json.dumps(action()))
         pause = 0.01
         while not self._store.check([key]):
             if self.roll_call.failed is not None:
@@ -124,7 +121,7 @@ def join_world(place: Place, device: torch.device, backend: str, limit: timedelt
     """Found the process group with all others, once for each process.
 
     Raises LostProcess where one does not come within `limit`, which is also how long collectives wait; ValueError
-    where the port that rank 0 is to listen on is taken.
+    where another run meets at the same port.
     """
     global _world
     if _world is not None:
@@ -137,7 +134,9 @@ def join_world(place: Place, device: torch.device, backend: str, limit: timedelt
         store, roll_call = dist.HashStore(), None
     else:
         store = _open_store(place, limit)
-        roll_call = RollCall(place.rank, place.size, lambda: _connect(place, limit))
+        if store.add(f"come{place.rank}", 1) > 1:
+            raise ValueError(f"another process is rank {place.rank} already: {_taken(place)}")
+        roll_call = RollCall(place.rank, place.size, place.local_rank, lambda: _connect(place, limit))
         roll_call.watch()
     _world = World(place, device, store, roll_call)
     if place.size > 1:
@@ -172,10 +171,14 @@ def _open_store(place: Place, limit: timedelta) -> dist.TCPStore:
     try:
         return dist.TCPStore(place.address, place.port, place.size, True, limit, wait_for_workers=False)
     except dist.DistNetworkError as error:
-        raise ValueError(
-            f"rank 0 cannot listen on port {place.port} of {place.address}, as another run may do: give deepspeed "
-            f"another --master_port, or launch by launch/pretrain.sh, which chooses one ({_first_line(error)})"
-        ) from error
+        raise ValueError(f"rank 0 cannot listen: {_taken(place)} ({first_line(error)})") from error
+
+
+def _taken(place: Place) -> str:
+    return (
+        f"another run uses port {place.port} of {place.address}: give deepspeed another --master_port, or launch by "
+        "launch/pretrain.sh, which chooses one"
+    )
 
 
 def _connect(place: Place, limit: timedelta) -> dist.TCPStore:
@@ -184,13 +187,12 @@ def _connect(place: Place, limit: timedelta) -> dist.TCPStore:
     except dist.DistNetworkError as error:
         raise LostProcess(
             f"rank 0 does not answer at {place.address}:{place.port} after {limit.total_seconds() / 60:g} minutes "
-            f"(engine.timeout_minutes): is its machine up, and the port open? ({_first_line(error)})"
+            f"(engine.timeout_minutes): is its machine up, and the port open? ({first_line(error)})"
         ) from error
 
 
 def _await_all(place: Place, store: dist.Store, limit: timedelta) -> None:
-    """Wait until every rank has come; rank 0 calls them and tells all."""
-    store.set(f"come{place.rank}", socket.gethostname())
+    """Wait until every rank has come; rank 0 looks for them and tells all."""
     if place.rank > 0:
         _wait(store, "complete", limit + timedelta(minutes=1))  # rank 0 is to give up first: it knows who is missing
         return
@@ -211,7 +213,3 @@ def _wait(store: dist.Store, key: str, limit: timedelta) -> None:
         store.wait([key], limit)
     except dist.DistStoreError:
         return  # whoever looks next finds it missing
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
