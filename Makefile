@@ -11,7 +11,7 @@ INSTALLED := .venv/installed
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help install pretrain test lint bench clean
+.PHONY: help install pretrain test lint chaos bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer on the PATH: install one, or name it with PYTHON=..." >&2; exit 2; }
 	command -v g++ >/dev/null || { echo "error: g++ is not installed: DeepSpeed compiles its operators with it" >&2; exit 2; }
 	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,mpi,test]'
 	touch $@
 
 pretrain: $(INSTALLED)  ## train the demonstration and its twin without layers, then compare them; resumes what was interrupted
@@ -38,6 +38,10 @@ lint: $(INSTALLED)  ## ruff's checks and format, as pre-commit has them
 test: lint  ## lint, then all tests
 	@. launch/env.sh
 	OMP_NUM_THREADS=1 python -m pytest
+
+chaos: $(INSTALLED)  ## kill a run's processes fifty times, then compare its end with an undisturbed run's
+	@. launch/env.sh
+	python -m tests.chaos.chaos
 
 bench: $(INSTALLED)  ## print times and memory of layer and loader on this machine
 	@. launch/env.sh

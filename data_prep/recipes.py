@@ -117,6 +117,8 @@ def load_settings(
     overrides = _read_arguments(argv, known, faults)
     recipe = overrides.pop(RECIPE.name, None)
     tree = _read_yaml(Path(recipe), faults) if recipe is not None else {}
+    if tree is None:
+        raise ConfigError(faults, recipe)
     for name, value in overrides.items():
         _assign(tree, name.split("."), value)
     settings, at_fault = _validate(settings_type, tree)
@@ -222,21 +224,22 @@ def _read_arguments(argv: Sequence[str], known: Mapping[str, RecipeField], fault
     return given
 
 
-def _read_yaml(path: Path, faults: list[str]) -> dict[str, Any]:
+def _read_yaml(path: Path, faults: list[str]) -> dict[str, Any] | None:
+    """What a recipe holds; None, with a fault, where it cannot be read."""
     try:
         loader = RecipeLoader(path.read_text(encoding="utf-8"))
         tree = loader.get_single_data()
     except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"recipe: {path} cannot be read: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or error
+        faults.append(f"recipe: {path} cannot be read: {reason}: name a recipe that exists")
     except yaml.YAMLError as error:
-        faults.append(f"recipe: {path} is not YAML: {' '.join(str(error).split())}")
+        faults.append(f"recipe: {path} is not YAML: {' '.join(str(error).split())}: mend it")
     else:
         faults.extend(loader.duplicates)
-        if isinstance(tree, Mapping):
-            return tree
-        if tree is not None:
-            faults.append(f"recipe: {path} holds {type(tree).__name__}, not fields: write `field: value` lines")
-    return {}
+        if isinstance(tree, Mapping | None):
+            return tree or {}
+        faults.append(f"recipe: {path} holds {type(tree).__name__}, not fields: write `field: value` lines")
+    return None
 
 
 class RecipeLoader(yaml.SafeLoader):

@@ -299,14 +299,19 @@ class ShardReader:
         if any(faults):
             raise CorruptShard(*filter(None, faults))
 
+    def faults(self, part: int = 0, num_parts: int = 1) -> list[str]:
+        """What is wrong with the shards, every byte of which is read; or with one of equal parts of them."""
+        index = ShardIndex.load(self.folder)
+        shards = index.shards[part::num_parts]
+        return [fault for shard in shards for fault in _shard_faults(self.folder, shard, index.fields)]
+
     def verify(self) -> None:
         """Read every shard whole: sizes, hashes, members, and that the folder holds no other tar.
 
         Raises:
             CorruptShard: with every fault found.
         """
-        index = ShardIndex.load(self.folder)
-        faults = [fault for shard in index.shards for fault in _shard_faults(self.folder, shard, index.fields)]
+        index, faults = ShardIndex.load(self.folder), self.faults()
         known = {shard.name for shard in index.shards}
         strays = sorted(path for path in self.folder.glob("*.tar") if path.name not in known)
         faults += [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]

@@ -99,7 +99,7 @@ def input_files(name: str) -> list[Path]:
     else:
         files = [path]
     if not sum(file.stat().st_size for file in files):
-        raise SourceError(f"input {name!r}: {path} is empty")
+        raise SourceError(f"input {name!r}: {path} is empty: leave it out, or give it text")
     return files
 
 
@@ -201,7 +201,7 @@ def _text_of_line(line: bytes, offset: int, unit: WorkUnit) -> str:
     try:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{_line_place(path, offset)}: not JSON: {error}") from None
+        raise SourceError(f"{_line_place(path, offset)}: not JSON: {error}: mend or remove the line") from None
     if not isinstance(record, dict) or unit.text_field not in record:
         found = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
         raise SourceError(f"{_line_place(path, offset)}: no field {unit.text_field!r}, only {found}; set text_field")

@@ -13,8 +13,5 @@ if [ -z "${PROCESSES:-}" ]; then
 fi
 export PROCESSES
 
-# Errors alone of what torch's C++ has to say: about a process that is lost it warns in pages of addresses.
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-
 # Where the processes of a run meet: a port of its own, so that runs can share the machine.
 export MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 20000))}

@@ -10,8 +10,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=runs/slurm-%j.log
-# Two minutes before the time limit, and when the job is preempted, this script is told; that must suffice for a step and a save.
-#SBATCH --signal=B:TERM@120
+# Two minutes before the time limit all processes are told, and when the job is preempted: enough for a step and a save?
+#SBATCH --signal=TERM@120
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
@@ -24,14 +24,11 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export HOSTFILE MASTER_ADDR MASTER_PORT
 
-# srun passes SIGTERM on to every task; launch/pretrain.sh turns it into a checkpoint and exit code 75.
-srun --kill-on-bad-exit=0 bash -c 'NODE_RANK=$SLURM_PROCID exec launch/pretrain.sh "$@"' pretrain "$@" &
-step=$!
-trap 'kill -TERM "$step" 2>/dev/null || true' TERM INT
+# SIGTERM reaches launch/pretrain.sh on every machine, which turns it into a checkpoint and exit code 75. This script outlasts it,
+# and srun must not hear it, since it would give the step up.
+trap : TERM
 code=0
-while kill -0 "$step" 2>/dev/null; do
-    wait "$step" && code=0 || code=$?
-done
+setsid srun --kill-on-bad-exit=0 bash -c 'NODE_RANK=$SLURM_PROCID exec launch/pretrain.sh "$@"' pretrain "$@" || code=$?
 
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID" # goes on from the checkpoint, when there is room again

@@ -92,9 +92,12 @@ def find_start(config: RunConfig, checkpointer: "Checkpointer", data: dict[str, 
         return None, fresh
     saved = read_state(checkpoint)
     changes = differences(settings_from_dict(RunConfig, saved.recipe), config) + identity_differences(saved.data, data)
-    for name, unit in (("world_size", "processes"), ("zero_stage", "as ZeRO stage")):
-        if getattr(saved, name) != getattr(fresh, name):
-            changes.append(f"{name}: {getattr(saved, name)} {unit} in the checkpoint, {getattr(fresh, name)} now")
+    if saved.world_size != fresh.world_size:
+        changes.append(
+            f"{saved.world_size} processes in the checkpoint, {fresh.world_size} now: launch as many as then"
+        )
+    if saved.zero_stage != stage:
+        changes.append(f"engine.ds_config: ZeRO stage {saved.zero_stage} in the checkpoint, {stage} now")
     refuse_changes(checkpoint, changes)
     return checkpoint, replace(fresh, step=saved.step, samples_consumed=saved.samples_consumed)
 
@@ -132,8 +135,9 @@ class Checkpointer:
                 raise
             free = shutil.disk_usage(next(folder for folder in (self.folder, *self.folder.parents) if folder.exists()))
             raise CheckpointError(
-                f"{target} cannot be written: {first_line(error)} ({free.free / 1e6:,.0f} MB are free there): make "
-                "room, or set checkpoint.keep lower; the same command then goes on from the checkpoint before"
+                f"{target} cannot be written; {free.free / 1e6:,.0f} MB are free there. Make room, or set "
+                "checkpoint.keep lower; the same command then goes on from the checkpoint before "
+                f"({first_line(error)})"
             ) from error
         return target
 

@@ -46,6 +46,9 @@ class DataSettings:
     tokenizer_recipe: str | None = None
     """Recipe of data_prep.train_tokenizer that makes the tokenizer which shards_recipe names; null: it is there."""
 
+    verify: bool = True
+    """Read all shards once before training, each process its part, and compare their checksums; false: sizes only."""
+
     num_workers: NonNegativeInt = 0
     """Loader processes for each training process; 0 reads in the training process, which is fastest for short rows."""
 
@@ -214,6 +217,7 @@ MAY_CHANGE = (
     "data.shards_recipe",
     "data.tokenizer_recipe",
     "data.shards",  # a folder may move: its contents are known by their fingerprint
+    "data.verify",
     "data.num_workers",
     "engine.ds_config",
     "engine.checkpointing",

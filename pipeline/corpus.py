@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, check_folder
-from data_prep.shards import ShardReader
+from data_prep.shards import CorruptShard, ShardReader
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
 from pipeline.config import DataSettings, RunConfig
 from pipeline.ending import AlreadyTold, Stopped
@@ -60,6 +60,14 @@ class Corpus:
             world_size=self.world.size,
         )
 
+    def check(self) -> None:
+        """Raises ValueError where the rows do not make a global batch for these ranks, or none is held out."""
+        try:
+            self.train_batches(0, 0)
+            self.heldout_batches()
+        except ValueError as error:
+            raise ValueError(f"data.shards {self.config.data.shards}: {error}") from error
+
     def identity(self) -> dict[str, int | str | None]:
         """What decides which samples come when, and what is evaluated; kept in every checkpoint."""
         return {**order_identity(self.train, self.order), "heldout_fingerprint": self.heldout.fingerprint}
@@ -94,11 +102,19 @@ def _run_command(command: list[str], stop: StopRequest) -> None:
 
 
 def open_corpus(config: RunConfig, world: World) -> Corpus:
-    """The shards that config.data names. ValueError where they are not whole, or the tokenizer is not theirs."""
+    """The shards that config.data names.
+
+    Raises ValueError where they are not whole, the tokenizer is not theirs, or there are too few.
+    """
     root = Path(config.data.shards)
     world.on_main(lambda: check_folder(root) and None)  # one process looks at all shards, for all
     _, tokenizer = open_tokenizer(root)
     train = ShardReader(root / "train")
+    heldout = ShardReader(root / "heldout")
+    if config.data.verify:
+        faults = [fault for reader in (train, heldout) for fault in reader.faults(world.rank, world.size)]
+        if faults := [fault for part in world.gather(faults) for fault in part]:
+            raise CorruptShard(*faults)
     make_batch = partial(
         pretraining_batch, seed=config.seed, settings=config.objective, tokens=SpecialTokens.of(tokenizer)
     )
@@ -108,7 +124,9 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
         run=config.data.shuffle_run,
         window=config.data.shuffle_window,
     )
-    return Corpus(config, world, tokenizer, train, ShardReader(root / "heldout"), make_batch, order)
+    corpus = Corpus(config, world, tokenizer, train, heldout, make_batch, order)
+    corpus.check()
+    return corpus
 
 
 def open_tokenizer(root: Path) -> tuple[Manifest, PreTrainedTokenizerBase]:

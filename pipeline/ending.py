@@ -53,6 +53,29 @@ class LostProcess(RuntimeError):
     """A process of the run has not come, or does not answer; the message names it."""
 
 
+class _Line:
+    """A connection to the store of a run, which has no time limits of its own."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._is_dead = False
+
+    def ask(self, question: Callable[[dist.Store], Result], seconds: float = ANSWER_SECONDS) -> Result | None:
+        """What `question` gives; None, then and ever after, where rank 0 is gone or stands still for so long."""
+        answers: list[Result] = []
+
+        def ask() -> None:
+            with suppress(dist.DistError):
+                answers.append(question(self._store))
+
+        if not self._is_dead:
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            asking.join(seconds)
+        self._is_dead = not answers
+        return answers[0] if answers else None
+
+
 class RollCall:
     """Where the ranks of a run look for each other when something ends: a store that rank 0 keeps.
 
@@ -61,26 +84,27 @@ class RollCall:
 
     Args:
         connect: opens a connection to the store that no other thread uses.
+        limit: seconds that rank 0 may stand still before it counts as lost.
     """
 
-    def __init__(self, rank: int, size: int, local_rank: int, connect: Callable[[], dist.Store]) -> None:
+    def __init__(self, rank: int, size: int, local_rank: int, connect: Callable[[], dist.Store], limit: float) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
+        self.limit = limit
         self.step = 0
         """Where this rank is: the optimizer steps that it has done."""
         self.failed: int | None = None
         """Exit code of another rank that has failed before this one."""
         # Opened now: later a store that is gone would be waited for.
-        self._store, self._store_of_thread = connect(), connect()
+        self._line, self._line_of_thread = _Line(connect()), _Line(connect())
         self._gone: set[int] = set()  # who cannot hear of a failure any more, or knows of it
-        self._is_silent = False  # whether the store has not answered
         self._ending = False  # whether the main thread has come to an end itself
         self._closed = threading.Event()
 
     def watch(self) -> None:
         """Answer for this rank from now on, and end it where another fails while it waits for that one."""
-        threading.Thread(target=self._answer, args=(self._store_of_thread,), daemon=True, name="roll-call").start()
+        threading.Thread(target=self._stay_in_touch, daemon=True, name="roll-call").start()
 
     def close(self) -> None:
         """From here on the run ends well: nobody is missed any more."""
@@ -90,10 +114,10 @@ class RollCall:
         """Tell the others that this rank ends with `code`. Whether it is the first to fail, who prints the message."""
         self._ending = True
         words = f"{self.rank} {code}"
-        first = self._ask(lambda: self._store.compare_set("failed", "", words).decode())
+        first = self._line.ask(lambda store: store.compare_set("failed", "", words).decode())
         if first is None:
             return _speaks_without_rank_0(self.rank, self.local_rank)
-        self._ask(lambda: self._store.set(f"heard{self.rank}", "yes"))
+        self._line.ask(lambda store: store.set(f"heard{self.rank}", "yes"))
         self._gone.add(int(first.split()[0]))
         return first == words
 
@@ -101,12 +125,12 @@ class RollCall:
         """On rank 0, with which the store ends, and on the first to fail: wait until all that live have heard of it."""
         names = [f"heard{rank}" for rank in range(self.size) if rank not in self._gone]
         if self.rank in {0, *self._gone}:
-            self._ask(lambda: _wait_until(lambda: self._store.check(names), PATIENCE_SECONDS), PATIENCE_SECONDS)
+            self._line.ask(lambda store: _wait_until(lambda: store.check(names), PATIENCE_SECONDS), PATIENCE_SECONDS)
 
     def missing(self) -> str:
         """Which ranks keep this one waiting: those that do not answer, or those that are steps behind."""
         self._ending = True
-        here = self._ask(self._answers)
+        here = self._line.ask(self._answers, 2 * ANSWER_SECONDS)
         if here is None:
             return f"{_ranks([0])} not answering: killed, hanging or cut off"
         self._gone = set(range(self.size)) - set(here)
@@ -118,18 +142,9 @@ class RollCall:
             return f"{_ranks(late)} not beyond step {max(here[rank] for rank in late)}, others at step {latest}"
         return f"all {self.size} ranks answer, at step {latest}: look at the network between them"
 
-    def _answer(self, store: dist.Store) -> None:
-        answered = False
+    def _stay_in_touch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
-            try:
-                if not answered and store.check(["roll call"]):
-                    answered = True
-                    store.set(f"here{self.rank}", str(self.step))
-                if store.check(["failed"]):
-                    self.failed = int(store.get("failed").split()[1])
-                    store.set(f"heard{self.rank}", "yes")
-                    break
-            except dist.DistError:
+            if self._line_of_thread.ask(self._listen, self.limit) is None or self.failed is not None:
                 break
         if self._closed.wait(PATIENCE_SECONDS) or self._ending:
             return
@@ -138,23 +153,16 @@ class RollCall:
             _tell(LostProcess("rank 0 is not answering any more. The same command goes on from the newest checkpoint"))
         leave(self.failed or PROCESS_LOST)
 
-    def _ask(self, question: Callable[[], Result], seconds: float = ANSWER_SECONDS) -> Result | None:
-        """What the store answers; None where rank 0 is gone, or stands still and so lets everybody wait for ever."""
-        answers: list[Result] = []
+    def _listen(self, store: dist.Store) -> bool:
+        if store.check(["roll call"]):
+            store.set(f"here{self.rank}", str(self.step))
+        if store.check(["failed"]):
+            self.failed = int(store.get("failed").split()[1])
+            store.set(f"heard{self.rank}", "yes")
+        return True
 
-        def ask() -> None:
-            with suppress(dist.DistError):
-                answers.append(question())
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(0 if self._is_silent else seconds + ANSWER_SECONDS)
-        self._is_silent = not answers
-        return answers[0] if answers else None
-
-    def _answers(self) -> dict[int, int]:
+    def _answers(self, store: dist.Store) -> dict[int, int]:
         """Steps by rank, of all ranks that answer in time."""
-        store = self._store
         store.set("roll call", "now")
         store.set(f"here{self.rank}", str(self.step))
         _wait_until(lambda: store.check([f"here{rank}" for rank in range(self.size)]), ANSWER_SECONDS)

@@ -111,9 +111,10 @@ def _ds_config_faults(path: str) -> Iterator[str]:
     if not isinstance(mechanics, dict):
         yield f"engine.ds_config: {path!r} holds no JSON object"
         return
-    for key in mechanics:
+    for key, value in mechanics.items():
         if key in OWNED_BY_RECIPE:
-            yield f"engine.ds_config: {path!r} sets {key}, which {OWNED_BY_RECIPE[key]} decides: remove it there"
+            what = f"{key} to {json.dumps(value)}"
+            yield f"engine.ds_config: {path!r} sets {what}, which {OWNED_BY_RECIPE[key]} decides: remove it there"
         elif key not in MECHANICS:
             yield f"engine.ds_config: {path!r} has the unknown key {key}: {_nearest(key, MECHANICS)}"
     zero = mechanics.get("zero_optimization")

@@ -28,6 +28,7 @@ class RunFolder:
         self.config = config
         self.path = Path(config.output) / config.name
         self._lock: int | None = None
+        self._made: list[Path] = []
 
     def open(self) -> bool:
         """Make the folder ready for this job. Whether the run has reached its last step already.
@@ -35,6 +36,7 @@ class RunFolder:
         Raises CheckpointError where it did so by another recipe, or is not empty and `resume` is never; ValueError
         where another job works in it, or it cannot be written to.
         """
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -65,14 +67,14 @@ class RunFolder:
         self._say_finished()
 
     def close(self) -> None:
-        """Let others in. A folder that holds nothing yet goes: a job that could not start leaves no trace."""
-        if self._lock is None:
-            return
-        (self.path / LOCK).unlink(missing_ok=True)
+        """Let others in. Folders that were made and hold nothing yet go: a job that could not start leaves no trace."""
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
         with suppress(OSError):  # not empty, as a rule
-            self.path.rmdir()
-        os.close(self._lock)
-        self._lock = None
+            for folder in self._made:
+                folder.rmdir()
 
     def _take_lock(self) -> None:
         """Lock a file that the system unlocks when this process ends, however it does."""

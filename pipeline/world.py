@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -136,7 +137,8 @@ def join_world(place: Place, device: torch.device, backend: str, limit: timedelt
         store = _open_store(place, limit)
         if store.add(f"come{place.rank}", 1) > 1:
             raise ValueError(f"another process is rank {place.rank} already: {_taken(place)}")
-        roll_call = RollCall(place.rank, place.size, place.local_rank, lambda: _connect(place, limit))
+        connect = partial(_connect, place, limit)
+        roll_call = RollCall(place.rank, place.size, place.local_rank, connect, limit.total_seconds())
         roll_call.watch()
     _world = World(place, device, store, roll_call)
     if place.size > 1:
@@ -164,12 +166,14 @@ def leave_world() -> None:
     _world = None
 
 
-def _open_store(place: Place, limit: timedelta) -> dist.TCPStore:
+def _open_store(place: Place, limit: timedelta) -> dist.Store:
     """The store that all ranks meet at. torchrun keeps one already; for all other launchers rank 0 does."""
     if place.rank > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return _connect(place, limit)
     try:
-        return dist.TCPStore(place.address, place.port, place.size, True, limit, wait_for_workers=False)
+        return _of_this_attempt(
+            dist.TCPStore(place.address, place.port, place.size, True, limit, wait_for_workers=False)
+        )
     except dist.DistNetworkError as error:
         raise ValueError(f"rank 0 cannot listen: {_taken(place)} ({first_line(error)})") from error
 
@@ -181,14 +185,19 @@ def _taken(place: Place) -> str:
     )
 
 
-def _connect(place: Place, limit: timedelta) -> dist.TCPStore:
+def _connect(place: Place, limit: timedelta) -> dist.Store:
     try:
-        return dist.TCPStore(place.address, place.port, None, False, limit)
+        return _of_this_attempt(dist.TCPStore(place.address, place.port, None, False, limit))
     except dist.DistNetworkError as error:
         raise LostProcess(
             f"rank 0 does not answer at {place.address}:{place.port} after {limit.total_seconds() / 60:g} minutes "
             f"(engine.timeout_minutes): is its machine up, and the port open? ({first_line(error)})"
         ) from error
+
+
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """torchrun's store outlives the attempts that it makes."""
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def _await_all(place: Place, store: dist.Store, limit: timedelta) -> None:

@@ -114,7 +114,9 @@ class FullDisk(Engine):
 
 def test_a_save_that_fails_leaves_what_there_was(checkpointer, run):
     kept = checkpointer.save(Engine(), _state(run, 1))
-    with pytest.raises(CheckpointError, match=r"step00000002 cannot be written: Pytorch.*failed \([\d,]+ MB are free"):
+    with pytest.raises(
+        CheckpointError, match=r"0002 cannot be written; [\d,]+ MB are free.*\(Pytorch.*failed\)$"
+    ):
         checkpointer.save(FullDisk(), _state(run, 2))
     assert sorted(path.name for path in checkpointer.folder.iterdir()) == ["latest", "step00000001"]
     assert checkpointer.newest() == kept
@@ -143,9 +145,7 @@ def test_an_engine_that_cannot_load_says_which_checkpoint(checkpointer, run):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(checkpointer, run):
     saved = checkpointer.save(Engine(), _state(run, 1))
     (saved / "weights.pt").unlink()
-    with pytest.raises(
-        CheckpointError, match="is intact any more .step00000001: weights.pt cannot be read"
-    ):
+    with pytest.raises(CheckpointError, match="is intact any more .step00000001: weights.pt cannot be read"):
         checkpointer.newest()
 
 
@@ -189,7 +189,7 @@ def test_other_data_world_or_stage_is_refused_by_name(checkpointer, run):
     checkpointer.save(Engine(), replace(_state(run, 1), world_size=4, zero_stage=3))
     with pytest.raises(CheckpointError) as caught:
         find_start(run, checkpointer, {**DATA, "fingerprint": "xyz"})
-    for named in ("fingerprint: 'abc'", "4 processes in the checkpoint, 1 now", "zero_stage"):
+    for named in ("fingerprint: 'abc'", "4 processes in the checkpoint, 1 now", "ZeRO stage 3"):
         assert named in str(caught.value)
 
 
