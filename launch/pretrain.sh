@@ -37,22 +37,22 @@ fi
 
 # In a session of its own: signals reach this script alone, which passes them on as a request.
 setsid "${launcher[@]}" pipeline/pretrain.py "$@" &
-group=$!
+session=$!
 stop() {
-    [ ! -e "$SPIKELM_JOB/stop" ] || kill -KILL -- "-$group" 2>/dev/null || true
+    [ ! -e "$SPIKELM_JOB/stop" ] || pkill -KILL -s "$session" || true
     touch "$SPIKELM_JOB/stop"
 }
 trap stop INT TERM
 code=0
-while kill -0 "$group" 2>/dev/null; do
-    wait "$group" && code=0 || code=$?
+while kill -0 "$session" 2>/dev/null; do
+    wait "$session" && code=0 || code=$?
 done
 # A launcher that was killed leaves processes behind, which end by themselves: wait for them, but not for ever.
 for _ in $(seq 60); do
-    kill -0 -- "-$group" 2>/dev/null || break
+    pkill -0 -s "$session" || break
     sleep 1
 done
-kill -KILL -- "-$group" 2>/dev/null || true
+pkill -KILL -s "$session" || true
 
 if [ -f "$SPIKELM_JOB/exit_code" ]; then
     exit "$(<"$SPIKELM_JOB/exit_code")"

@@ -211,17 +211,21 @@ def first_line(error: BaseException) -> str:
 
 def leave(code: int) -> NoReturn:
     """End this process at once, whatever its threads wait for, leaving its exit code to launch/pretrain.sh."""
-    leave_code(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        leave_code(code)
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def leave_code(code: int) -> None:
     """Write the exit code to where launch/pretrain.sh looks for it: launchers do not always pass it on."""
     job = os.environ.get(JOB_FOLDER)
     if job:
-        with suppress(FileExistsError), open(Path(job) / "exit_code", "x", encoding="utf-8") as file:
+        # The first code stays. The script may be gone, with its folder, or the disk full.
+        with suppress(OSError), open(Path(job) / "exit_code", "x", encoding="utf-8") as file:
             file.write(f"{code}\n")
 
 
@@ -234,8 +238,9 @@ def _tell(error: BaseException, reason: str | None = None) -> None:
         text = "".join(traceback.format_exception(error)).rstrip()
     else:
         text = str(error) if isinstance(error, Stopped) else f"error: {error}"
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def _code_of(error: BaseException) -> int:

@@ -17,7 +17,7 @@ from pipeline.engine import build_engine, seed_dropout, seed_weights, start_worl
 from pipeline.metrics import Metrics
 from pipeline.model import build_model
 from pipeline.run_folder import RunFolder
-from pipeline.stopping import StopRequest
+from pipeline.stopping import StopRequest, outlive_readers
 from pipeline.trainer import Trainer
 from pipeline.world import current_world, leave_world
 
@@ -75,6 +75,7 @@ def _say_stopped(step: int, total_steps: int, stopped_by: str | None) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The command. Its exit codes, and what it says where it cannot go on, are those of pipeline.ending."""
+    outlive_readers()
     stop = StopRequest()
     stop.listen()
     if not any(argument.partition("=")[0] in ("--recipe", "--help", "-h") for argument in arguments):

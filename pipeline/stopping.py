@@ -3,8 +3,10 @@
 Nothing is interrupted by them. Training asks after every step, agrees over all ranks, saves and leaves.
 """
 
+import io
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -46,6 +48,24 @@ class StopRequest:
             elif job and (Path(job) / "stop").exists():
                 self.reason = "launch/pretrain.sh"
             waiting.wait(POLL_SECONDS)
+
+
+class _Pipe(io.FileIO):
+    """Where a process writes to, though perhaps nobody reads any more."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """Print into the void where the launcher that reads it is gone, instead of failing before the last checkpoint."""
+    for name in ("stdout", "stderr"):
+        pipe = _Pipe(getattr(sys, name).fileno(), "w", closefd=False)
+        text = io.TextIOWrapper(io.BufferedWriter(pipe), "utf-8", "backslashreplace", line_buffering=True)
+        setattr(sys, name, text)
 
 
 def _launchers() -> list[psutil.Process] | None:
