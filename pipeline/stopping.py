@@ -5,9 +5,12 @@ Nothing is interrupted by them. Training asks after every step, agrees over all 
 
 import io
 import os
+import select
 import signal
+import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -16,38 +19,54 @@ import psutil
 JOB_FOLDER = "SPIKELM_JOB"
 """Environment variable with the folder that launch/pretrain.sh shares with its processes: `stop`, `exit_code`."""
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.5
 
 
 class StopRequest:
-    """Whether somebody wants this process to stop; `reason` says who, and is None while nobody does."""
+    """Whether somebody wants this process to stop; `reason` says who, and is None while nobody does.
 
-    def __init__(self) -> None:
+    Args:
+        at_once: called from a thread at a request while it is set: for the time in which there is nothing to save.
+    """
+
+    def __init__(self, at_once: Callable[[], object] | None = None) -> None:
         self.reason: str | None = None
+        self.at_once = at_once
 
     def listen(self) -> None:
         """From now on take SIGTERM and SIGINT as requests, and watch launchers and file from a thread.
 
         A launcher that is killed leaves its processes behind, so these look for themselves.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        threading.Thread(target=self._watch, args=(_launchers(),), daemon=True, name="stop-request").start()
+        # Python calls a handler when the main thread is back from what it waits for; the thread hears at once.
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        signal.set_wakeup_fd(mouth.detach())
+        threading.Thread(target=self._watch, args=(ear, _launchers()), daemon=True, name="stop-request").start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.reason = self.reason or signal.Signals(number).name
+        self._note(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # who presses Ctrl-C again will not wait for a checkpoint
 
-    def _watch(self, launchers: list[psutil.Process] | None) -> None:
+    def _watch(self, ear: socket.socket, launchers: list[psutil.Process] | None) -> None:
         job = os.environ.get(JOB_FOLDER)
-        waiting = threading.Event()
-        while self.reason is None:
-            if launchers is None or not all(map(_is_alive, launchers)):
-                self.reason = "the loss of its launcher"
+        while True:
+            heard = ear.recv(1)[0] if select.select([ear], [], [], POLL_SECONDS)[0] else None
+            if heard in SIGNALS:  # others are heard, too: of children that have ended
+                self._note(signal.Signals(heard).name)
+            elif launchers is None or not all(map(_is_alive, launchers)):
+                self._note("the loss of its launcher")
             elif job and (Path(job) / "stop").exists():
-                self.reason = "launch/pretrain.sh"
-            waiting.wait(POLL_SECONDS)
+                self._note("launch/pretrain.sh")
+            if self.reason is not None and self.at_once is not None:
+                self.at_once()
+
+    def _note(self, reason: str) -> None:
+        self.reason = self.reason or reason
 
 
 class _Pipe(io.FileIO):
