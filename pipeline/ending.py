@@ -187,6 +187,7 @@ def end_by(error: BaseException, roll_call: RollCall | None) -> NoReturn:
         _wait_until(lambda: roll_call.failed is not None, ANSWER_SECONDS)  # one that failed tells the others
         reason = roll_call.missing() if roll_call.failed is None else None
     if roll_call.failed is not None:
+        roll_call.linger()
         leave(roll_call.failed)
     code = _code_of(error)
     if roll_call.fail(code):
