@@ -16,9 +16,11 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
 fi
 
 # What this script and its processes tell each other: `stop` and `exit_code`. Under runs/, which all machines see.
-mkdir -p runs
-SPIKELM_JOB=$(mktemp -d "$root/runs/.job-XXXXXX")
-export SPIKELM_JOB
+export SPIKELM_JOB=$root/runs/.job-$HOSTNAME-$$
+for left in "$root/runs/.job-$HOSTNAME-"*; do # by scripts that were killed
+    kill -0 "${left##*-}" 2>/dev/null || rm -rf "$left"
+done
+mkdir -p "$SPIKELM_JOB"
 trap 'rm -rf "$SPIKELM_JOB"' EXIT
 
 launcher=(deepspeed --log_level warning --master_port "$MASTER_PORT")
@@ -47,9 +49,14 @@ code=0
 while kill -0 "$session" 2>/dev/null; do
     wait "$session" && code=0 || code=$?
 done
-# A launcher that was killed leaves processes behind, which end by themselves: wait for them, but not for ever.
+# A launcher that was killed leaves processes behind: tell them, and wait for their end here, and for their word from elsewhere.
+touch "$SPIKELM_JOB/stop"
+is_over() {
+    if pkill -0 -s "$session"; then return 1; fi
+    [ -f "$SPIKELM_JOB/exit_code" ] || [ -z "${HOSTFILE:-}" ] || { [ "$code" -gt 0 ] && [ "$code" -lt 128 ]; }
+}
 for _ in $(seq 60); do
-    pkill -0 -s "$session" || break
+    is_over && break
     sleep 1
 done
 pkill -KILL -s "$session" || true

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.checkpoint import Checkpointer, find_start
 from pipeline.config import RunConfig, load_run_config
 from pipeline.corpus import build_missing_shards, open_corpus
-from pipeline.ending import FINISHED, STOPPED, end_by, leave, leave_code
+from pipeline.ending import FINISHED, STOPPED, Stopped, end_by, leave, leave_code
 from pipeline.engine import build_engine, seed_dropout, seed_weights, start_world
 from pipeline.metrics import Metrics
 from pipeline.model import build_model
@@ -30,6 +30,8 @@ def pretrain(config: RunConfig, stop: StopRequest) -> int:
     world = start_world(config.engine.timeout_minutes, config.threads)
     stop.at_once = None
     world.on_main(lambda: build_missing_shards(config.data, stop))
+    if not world.agree(stop.reason is None):
+        raise Stopped("stopped before training began: the same command begins it")
     with closing(RunFolder(config)) as folder:
         if world.on_main(folder.open):
             return FINISHED

@@ -53,14 +53,14 @@ class StopRequest:
             signal.signal(number, signal.default_int_handler)  # who presses Ctrl-C again will not wait for a checkpoint
 
     def _watch(self, ear: socket.socket, launchers: list[psutil.Process] | None) -> None:
-        job = os.environ.get(JOB_FOLDER)
+        job = Path(os.environ[JOB_FOLDER]) if JOB_FOLDER in os.environ else None
         while True:
             heard = ear.recv(1)[0] if select.select([ear], [], [], POLL_SECONDS)[0] else None
             if heard in SIGNALS:  # others are heard, too: of children that have ended
                 self._note(signal.Signals(heard).name)
             elif launchers is None or not all(map(_is_alive, launchers)):
                 self._note("the loss of its launcher")
-            elif job and (Path(job) / "stop").exists():
+            elif job and ((job / "stop").exists() or not job.exists()):  # without a folder the script is gone
                 self._note("launch/pretrain.sh")
             if self.reason is not None and self.at_once is not None:
                 self.at_once()
@@ -75,7 +75,7 @@ class _Pipe(io.FileIO):
     def write(self, data: bytes) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError:  # a pipe that is broken, a terminal that is closed, a log on a disk that is full
             return len(data)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from data_prep import build_shards, train_tokenizer
 from tests.distributed.runs import train_runs
+from tests.sshd import ssh_server
 
 WIKIPEDIA = "package://gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
@@ -26,6 +27,20 @@ def runs(tiny_shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     train_runs(tiny_shards, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def loopback(tmp_path_factory):
+    """A real sshd of the tests' own."""
+    with ssh_server(tmp_path_factory.mktemp("ssh")) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(loopback):
+    """Two hosts; what a test leaves running on them is killed."""
+    yield loopback
+    loopback.kill_processes()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,25 @@
+import copy
 import dataclasses
+import functools
 import json
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
-from data_prep.recipes import ConfigError, known_fields, save_settings, settings_from_dict, settings_to_dict
+from data_prep.recipes import (
+    ConfigError,
+    known_fields,
+    load_settings,
+    save_settings,
+    settings_from_dict,
+    settings_to_dict,
+)
 from pipeline.config import RunConfig, accumulation_steps, build_ds_config, differences, load_run_config, zero_stage
 
 ROOT = Path(__file__).parent.parent
@@ -21,17 +33,70 @@ MINIMAL = {
     "checkpoint": {"every": 5},
 }
 
+text = st.text(max_size=12)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
+trees = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=6
+)
+PLAIN = {
+    NoneType: st.none(),
+    bool: st.booleans(),
+    int: st.integers(0, 2**70),
+    float: st.floats(0, 1) | st.floats(0, 1e300),
+    str: text,
+    dict[str, Any]: st.dictionaries(text, trees, max_size=3),
+}
+
+
+def values_of(type_):
+    """What a field of this type may hold."""
+    origin, parts = get_origin(type_), get_args(type_)
+    if dataclasses.is_dataclass(type_):
+        hints = get_type_hints(type_, include_extras=True)
+        fields = st.fixed_dictionaries({name: values_of(hint) for name, hint in hints.items()})
+        return accepted(type_, fields).map(lambda values: type_(**values))
+    if origin is Annotated:
+        return accepted(type_, values_of(parts[0]))
+    if origin is Literal:
+        return st.sampled_from(parts)
+    if origin in (Union, UnionType):
+        return st.one_of(map(values_of, parts))
+    return st.tuples(*map(values_of, parts)) if origin is tuple else PLAIN[type_]
+
+
+def accepted(type_, values):
+    """Those of `values` that keep within the bounds of `type_`."""
+    adapter = TypeAdapter(type_)
+
+    def is_valid(value):
+        try:
+            adapter.validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
+    return values.filter(is_valid)
+
+
+configs = values_of(RunConfig)
+
+
+def write_and_load(path, *overrides, recipe=MINIMAL):
+    """The run of a recipe, text or mapping, written to `path`."""
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+    return load_run_config(["--recipe", str(path), *overrides])
+
 
 @pytest.fixture
 def load(tmp_path):
     """load(*overrides, recipe=text or mapping): the run of a recipe written to a file."""
+    return functools.partial(write_and_load, tmp_path / "recipe.yaml")
 
-    def load_(*overrides, recipe=MINIMAL):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
-        return load_run_config(["--recipe", str(path), *overrides])
 
-    return load_
+@pytest.fixture(scope="module")
+def load_any(tmp_path_factory):
+    """As `load`, for many examples after one another."""
+    return functools.partial(write_and_load, tmp_path_factory.mktemp("any") / "recipe.yaml")
 
 
 def faults_of(load, *overrides, recipe=MINIMAL):
@@ -102,7 +167,7 @@ evaluation: {every: 1.5, micro_batch_size: 4}
         ("name", "'a/b' cannot name a folder"),
         ("model.preset", "did you mean encoder-tiny?"),
         ("model.overrides.hidden_sise", "did you mean hidden_size?"),
-        ("engine.ds_config", "train_batch_size, which training.global_batch_size decides"),
+        ("engine.ds_config", "train_batch_size to 4, which training.global_batch_size decides"),
         ("engine.ds_config", "unknown key zero_optimisation: did you mean zero_optimization?"),
         ("engine.ds_config", "stage 0"),
         ("training.global_batch_size", "7 is not divisible by training.micro_batch_size 2"),
@@ -203,22 +268,72 @@ def test_saved_recipes_load_as_equal(load, tmp_path):
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
-@given(
-    rate=st.floats(1e-12, 1e3), betas=st.tuples(*[st.floats(0, 0.9999)] * 2), seed=st.integers(0, 2**40),
-    name=st.text("ab01-_.é#: '\"", min_size=1), steps=st.integers(1, 10**9),
-)  # fmt: skip
-def test_any_values_survive_the_file(tmp_path_factory, rate, betas, seed, name, steps):
-    base = settings_from_dict(RunConfig, MINIMAL)
-    config = dataclasses.replace(
-        base,
-        name=name,
-        seed=seed,
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=rate, betas=betas),
-        training=dataclasses.replace(base.training, total_steps=steps),
-    )
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(config=configs)
+def test_any_config_survives_dict_and_json_and_file(tmp_path_factory, config):
+    tree = settings_to_dict(config)
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     save_settings(config, path)
-    assert settings_from_dict(RunConfig, yaml.safe_load(path.read_text())) == config
+    for saved in (tree, json.loads(json.dumps(tree)), yaml.safe_load(path.read_text())):
+        assert settings_from_dict(RunConfig, saved) == config
+    assert differences(config, settings_from_dict(RunConfig, tree)) == []
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(config=configs)
+def test_any_config_can_be_given_by_arguments_alone(config):
+    arguments = []
+    for field in known_fields(RunConfig).values():
+        if not field.is_section:
+            value = functools.reduce(getattr, field.name.split("."), config)
+            arguments.append(f"--{field.name}={value if field.type is str else json.dumps(value)}")
+    assert load_settings(RunConfig, arguments, "pretrain") == config
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(name=st.sampled_from(list(known_fields(RunConfig))), value=trees)
+def test_any_value_of_a_field_is_taken_or_every_fault_names_the_field(load_any, name, value):
+    recipe = copy.deepcopy(MINIMAL)
+    *sections, last = name.split(".")
+    functools.reduce(lambda tree, section: tree.setdefault(section, {}), sections, recipe)[last] = value
+    try:
+        load_any(recipe=recipe)
+    except ConfigError as error:
+        assert error.faults
+        assert all(name.removeprefix("model.") in fault and "\n" not in fault for fault in error.faults)
+
+
+INDEPENDENT = {
+    "name": "..",
+    "seed": "-1",
+    "resume": "nowhere",
+    "colour": "red",
+    "model.preset": "encoder-tinny",
+    "model.overrides": "[]",
+    "model.neuron": "{leak: 2}",
+    "model.warm_start": "nowhere",
+    "data.shards": "",
+    "data.shuffle_run": "64",
+    "objective.mask_probability": "0",
+    "optimizer.betas": "0.9",
+    "schedule.warmup_steps": "11",
+    "engine.ds_config": "nowhere.json",
+    "engine.precision": "fp16",
+    "training.global_batch_size": "7",
+    "training.stop_after_step": "0",
+    "evaluation.every": "1.5",
+    "checkpoint.keep": "two",
+    "logging.progress": "1",
+}
+"""For each of these fields a value that is a fault whatever the other fields hold."""
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(names=st.lists(st.sampled_from(list(INDEPENDENT)), unique=True, min_size=1))
+def test_as_many_faults_are_told_as_there_are(load_any, names):
+    faults = faults_of(load_any, *[f"--{name}={INDEPENDENT[name]}" for name in names])
+    told = [name for name in INDEPENDENT for fault in faults if fault.startswith(f"{name}: ")]
+    assert sorted(told) == sorted(names) and len(faults) == len(names), faults
 
 
 def test_saved_settings_of_another_version_are_refused():

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -5,7 +7,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from models.config import NeuronConfig, preset
 from models.modeling import SpikeLMForPreTraining
 from pipeline.config import ScheduleSettings
-from pipeline.engine import learning_rate_factor, parameter_groups, seed_dropout, seed_weights
+from pipeline.engine import (
+    _share_cores,
+    learning_rate_factor,
+    parameter_groups,
+    seed_dropout,
+    seed_weights,
+)
+from pipeline.world import Place
 
 
 def _rates(total_steps, **settings):
@@ -59,3 +68,28 @@ def test_every_rank_drops_out_units_of_its_own():
     assert len(set(draws)) == len(draws)
     seed_dropout(7, 2)
     assert tuple(torch.rand(4).tolist()) == draws[2]
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads", "shares"),
+    [(8, 1, None, [8]), (8, 3, None, [2]), (2, 8, None, [1]), (8, 2, 7, [7])],
+)
+def test_the_cores_of_a_machine_are_shared_out_among_its_processes(monkeypatch, cores, processes, threads, shares):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    place = Place(rank=0, size=64, local_rank=0, local_size=processes, address="127.0.0.1", port=0)
+    _share_cores(place, threads)
+    assert given == shares
+
+
+def test_a_launcher_may_set_the_threads_but_the_recipe_decides(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    place = Place(rank=0, size=1, local_rank=0, local_size=1, address="127.0.0.1", port=0)
+    _share_cores(place, None)
+    assert given == []
+    _share_cores(place, 5)
+    assert given == [5]

@@ -1,64 +1,99 @@
 import os
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
+# What a shell, or DeepSpeed, might take for something else than a part of a value.
+VALUES = [
+    "eth0",
+    "two words",
+    "$HOME and ${HOME} and $(pwd) and `pwd`",
+    'it\'s "quoted"',
+    "back\\slash \\$ \\\\",
+    "a=b;c&d|e>f*",
+    "#no comment",
+    "~/folder",
+    "!1",
+    "",
+]
+
+
+def in_bash(script, **changes):
+    """What bash prints for `script` in this environment without what launch/env.sh sets, but with `changes`."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PROCESSES", "MASTER_PORT")}
+    command = ["bash", "-euc", script]
+    return subprocess.check_output(command, env={**kept, **changes}, cwd=LAUNCH.parent, text=True)
+
+
+def exported(name, **changes):
+    """A variable as launch/env.sh leaves it to the programs that it starts."""
+    return in_bash(f". {LAUNCH / 'env.sh'} && printenv {name}", **changes).removesuffix("\n")
+
 
 @pytest.fixture
-def lock(tmp_path):
-    """The lock of an operator's build, in a cache of the test's own."""
-    folder = tmp_path / "torch_extensions" / "py311_cpu" / "deepspeed_shm_comm"
-    folder.mkdir(parents=True)
-    (folder / "lock").touch()
-    return folder / "lock"
+def gpus(tmp_path):
+    """gpus(number): the PATH of a machine that has so many."""
+
+    def path(number):
+        program = tmp_path / f"{number}" / "nvidia-smi"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\nseq -f 'GPU %g: a model (UUID: GPU-1)' {number}\n")
+        program.chmod(0o755)
+        return f"{program.parent}:{os.environ['PATH']}"
+
+    return path
 
 
-def clear_stale_locks(lock):
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(lock.parents[2])}
-    command = [LAUNCH / "clear_stale_locks.sh"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+def test_there_are_two_processes_but_for_a_single_gpu(gpus):
+    assert [exported("PROCESSES", PATH=gpus(number)) for number in (0, 1, 2, 8)] == ["2", "1", "2", "2"]
+    assert exported("PROCESSES", PROCESSES="5") == "5"
 
 
-def exported(**changes):
-    """PROCESSES and OMP_NUM_THREADS as launch/env.sh leaves them, with `changes` to the environment before it."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PROCESSES", "OMP_NUM_THREADS")}
-    script = f". {LAUNCH / 'env.sh'} && echo $PROCESSES $OMP_NUM_THREADS"
-    output = subprocess.check_output(["bash", "-euc", script], env={**environment, **changes}, text=True)
-    return tuple(int(number) for number in output.split())
+def test_a_port_is_chosen_where_none_is_given():
+    assert 20000 <= int(exported("MASTER_PORT")) < 40000
+    assert exported("MASTER_PORT", MASTER_PORT="29500") == "29500"
 
 
-def test_the_lock_of_a_killed_build_is_removed(lock):
-    assert f"removed the stale build lock {lock}" in clear_stale_locks(lock)
-    assert not lock.exists()
-    assert clear_stale_locks(lock) == ""
+def test_our_packages_and_programs_come_first():
+    assert exported("PYTHONPATH", PYTHONPATH="/other").split(":") == [str(LAUNCH.parent), "/other"]
+    assert exported("PATH", PATH="/usr/bin:/bin") == f"{LAUNCH.parent}/.venv/bin:/usr/bin:/bin"
 
 
-def test_the_lock_of_a_living_build_stays(lock):
-    with open(lock):
-        assert clear_stale_locks(lock) == ""
-    assert lock.exists()
+class TestDeepspeedEnvironment:
+    """launch/deepspeed_env.sh, read by DeepSpeed as it reads such a file."""
+
+    @pytest.fixture
+    def file(self, tmp_path):
+        return tmp_path / "environment"
+
+    def test_every_line_is_a_name_and_a_value(self, file):
+        values = {f"NCCL_{number}": value for number, value in enumerate(VALUES)}
+        in_bash(f"{LAUNCH / 'deepspeed_env.sh'} {file}", DS_ENV_FILE="another", **values)
+        lines = file.read_text().splitlines()
+        names = [line.split("=", maxsplit=1)[0] for line in lines]
+        assert all(name.isidentifier() for name in names)
+        assert {"PATH", "PYTHONPATH", *values} <= set(names)
+        assert "DS_ENV_FILE" not in names and "HOME" not in names
+        assert file.stat().st_mode & 0o077 == 0
+
+    @pytest.mark.parametrize("shell", ["bash", "sh"])
+    def test_values_arrive_as_they_are(self, file, tmp_path, shell):
+        values = {f"GLOO_{number}": value for number, value in enumerate(VALUES)}
+        in_bash(f"{LAUNCH / 'deepspeed_env.sh'} {file}", **values)
+        names = list(values)
+        command = f"{exports(file)} printenv -0 {' '.join(names)}"
+        arrived = subprocess.check_output([shell, "-c", command], env={"HOME": str(tmp_path)}, text=True)
+        assert dict(zip(names, arrived.split("\0"), strict=False)) == values
 
 
-def test_a_lock_stays_while_a_compiler_works_in_its_folder(lock):
-    compiler = subprocess.Popen(["cat"], cwd=lock.parent, stdin=subprocess.PIPE)
-    try:
-        assert clear_stale_locks(lock) == ""
-    finally:
-        compiler.communicate()
-    assert lock.exists()
-
-
-def test_the_cores_are_shared_out_among_the_processes():
-    cores = len(os.sched_getaffinity(0))
-    assert exported(PROCESSES="1") == (1, cores)
-    assert exported(PROCESSES=str(2 * cores)) == (2 * cores, 1)
-    assert exported(PROCESSES="1", OMP_NUM_THREADS="7") == (1, 7)
-
-
-def test_a_recipe_must_be_named():
-    done = subprocess.run([LAUNCH / "pretrain.sh"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("usage: launch/pretrain.sh RECIPE")
+def exports(file):
+    """The commands that DeepSpeed prepends to what pdsh runs on every machine."""
+    runner = PDSHRunner(Namespace(user_args=[], user_script="script.py", launcher_args=""), "")
+    for line in file.read_text().splitlines(keepends=True):
+        runner.add_export(*line.split("=", maxsplit=1))
+    return " ".join(f"export {name}={value};" for name, value in runner.exports.items())

@@ -1,4 +1,6 @@
 import multiprocessing
+import os
+import signal
 from functools import partial
 
 import numpy as np
@@ -127,6 +129,19 @@ def test_workers_end_with_the_iterator(reader):
     batches.close()
     assert not multiprocessing.active_children()
     assert len(list(loader.batches(3))) == 3
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_requests_to_stop_are_no_business_of_workers(reader, number):
+    loader = ElasticLoader(reader, MAKE_BATCH, order=OrderState(0, len(reader)), global_batch_size=4, num_workers=1)
+    batches = loader.batches(20)
+    first = next(batches)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid, number)
+    found = [first, *batches]
+    expected = [loader[step] for step in range(20)]
+    assert [batch.sample_ids.tolist() for batch in found] == [batch.sample_ids.tolist() for batch in expected]
     assert not multiprocessing.active_children()
 
 

@@ -1,17 +1,50 @@
+import copy
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.manifest import SPLITS, Counts, Manifest, UnitRecord, check_folder, rebuild_indexes, verify
 from data_prep.origin import InputRecord, Origin, record_input
-from data_prep.shards import CorruptShard, ShardIndex, ShardReader, ShardWriter
+from data_prep.shards import CorruptShard, ShardIndex, ShardReader, ShardRecord, ShardWriter
 from data_prep.tokenization import load_tokenizer
 
 ORIGIN = Origin({"row_length": 8, "seed": 0}, (InputRecord("a.txt", 1, 10, "aa"), InputRecord("b.txt", 1, 20, "bb")))
 PLAN = Manifest(ORIGIN, tokenizer_fingerprint="t", vocab_size=100)
+
+
+names = st.text(max_size=9)
+sizes = st.integers(0, 2**53)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | names
+trees = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=6
+)
+counts = st.builds(Counts, *[sizes] * 6)
+manifests = st.builds(
+    Manifest,
+    origin=st.builds(
+        Origin,
+        settings=st.dictionaries(names, trees, max_size=4),
+        inputs=st.lists(st.builds(InputRecord, names, sizes, sizes, names), max_size=3).map(tuple),
+    ),
+    tokenizer_fingerprint=names,
+    vocab_size=sizes,
+    empty_documents=sizes,
+    counts=st.dictionaries(names, counts, max_size=2),
+    indexes=st.dictionaries(names, names, max_size=2),
+)
+units = st.builds(
+    UnitRecord,
+    counts=st.fixed_dictionaries(dict.fromkeys(SPLITS, counts)),
+    shards=st.just(dict.fromkeys(SPLITS, ())),
+    empty_documents=sizes,
+)
 
 
 @pytest.fixture
@@ -26,6 +59,68 @@ def test_a_manifest_comes_back(tmp_path):
     assert Manifest.load(tmp_path) == manifest
     assert manifest.row_length == 8
     assert [field.name for field in manifest.fields] == ["ids", "length", "first_length", "next_sentence_label"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(manifest=manifests)
+def test_any_manifest_comes_back(tmp_path_factory, manifest):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    manifest.save(path)
+    assert Manifest.load_file(path) == manifest
+    assert manifest.origin.differences(Manifest.load_file(path).origin) == []
+
+
+def places(content, place=()):
+    """The way to every part of `content`, of the types of JSON, and to the whole."""
+    yield place
+    parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, part in parts:
+        yield from places(part, (*place, key))
+
+
+@st.composite
+def edited(draw, content, values=trees):
+    """`content` with one part of it left out or replaced by one of `values`."""
+    content = copy.deepcopy(content)
+    place = draw(st.sampled_from(list(places(content))))
+    if not place:
+        return draw(values)
+    *outer, last = place
+    inside = reduce(getitem, outer, content)
+    if draw(st.integers(0, 4)) == 0:
+        del inside[last]
+    else:
+        inside[last] = draw(values)
+    return content
+
+
+def load_index(path):
+    return ShardIndex.load(path.parent)
+
+
+SHARD = ShardRecord("train-000000-0000.tar", 1024, "aa", [3, 2], {field.name: [128, 512] for field in PLAN.fields})
+RECORDS = [
+    (Manifest.load_file, "manifest.json", replace(PLAN, counts={"train": Counts(1, 2)}, indexes={"train": "x"})),
+    (UnitRecord.load, "unit-000000.json", UnitRecord({"train": Counts(1, 2)}, {"train": (SHARD,)}, 3)),
+    (load_index, "index.json", PLAN.index([SHARD])),
+]
+
+
+@pytest.mark.parametrize(("load", "name", "record"), RECORDS, ids=[name for _, name, _ in RECORDS])
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_an_edited_record_loads_or_is_refused_by_name(tmp_path_factory, load, name, record, data):
+    path = tmp_path_factory.getbasetemp() / name
+    whole = json.dumps(asdict(record))
+    texts = edited(json.loads(whole)).map(json.dumps) | st.integers(0, len(whole)).map(lambda end: whole[:end])
+    path.write_bytes(data.draw(texts.map(str.encode) | st.binary()))
+    try:
+        found = load(path)
+    except ValueError as error:
+        assert all(str(path) in line for line in str(error).splitlines())
+    else:
+        path.write_text(json.dumps(asdict(found)))
+        assert load(path) == found
 
 
 @pytest.mark.parametrize(
@@ -57,6 +152,23 @@ def test_counts_of_units_are_merged():
     assert merged.counts == {"train": Counts(11, 22, 33, 1, 44, 55), "heldout": Counts(1)}
     assert merged.empty_documents == 3
     assert merged.origin == PLAN.origin
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(records=st.lists(units, max_size=6), data=st.data())
+def test_counts_merge_alike_in_any_order_and_any_groups(records, data):
+    def numbers(manifest):
+        return [manifest.empty_documents, *(astuple(manifest.counts[split]) for split in SPLITS)]
+
+    expected = [sum(record.empty_documents for record in records)]
+    for split in SPLITS:
+        expected.append(tuple(sum(astuple(record.counts[split])[item] for record in records) for item in range(6)))
+    shuffled = data.draw(st.permutations(records))
+    cut = data.draw(st.integers(0, len(records)))
+    parts = [PLAN.completed(part, {}) for part in (shuffled[:cut], shuffled[cut:])]
+    groups = [UnitRecord(part.counts, dict.fromkeys(SPLITS, ()), part.empty_documents) for part in parts]
+    for together in (records, shuffled, groups):
+        assert numbers(PLAN.completed(together, {})) == expected
 
 
 def test_unit_records_come_back(tmp_path):
@@ -127,6 +239,31 @@ def test_verify_names_every_fault(root):
     assert "heldout/index.json does not exist" in faults[3]
     shutil.rmtree(root / "tokenizer")
     assert "tokenizer does not exist" in verify(root)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_shards, tmp_path_factory):
+    """A copy of the tiny shards for examples that mend what they broke."""
+    return shutil.copytree(tiny_shards, tmp_path_factory.mktemp("whole") / "shards")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_an_edited_index_is_found(whole, data):
+    path = whole / data.draw(st.sampled_from(SPLITS)) / "index.json"
+    text = path.read_text()
+    index = ShardIndex.load(path.parent)
+    path.write_text(json.dumps(data.draw(edited(json.loads(text), values=st.integers(0, 2**31) | names))))
+    try:
+        if faults := verify(whole):
+            assert all(str(path.parent) in fault for fault in faults)
+            with pytest.raises(CorruptShard):
+                check_folder(whole)
+        else:
+            assert ShardIndex.load(path.parent) == index
+            check_folder(whole)
+    finally:
+        path.write_text(text)
 
 
 def test_a_whole_folder_passes_the_check_and_gives_its_manifest(root):

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import ObjectiveSettings
 from pipeline.objectives import IGNORED, SpecialTokens, count_targets, ignore_rows, pretraining_batch
@@ -12,6 +14,77 @@ TOKENS = SpecialTokens(mask=MASK, special=(PAD, UNK, CLS, SEP, MASK), vocab_size
 def make_batch(rows, ids, epochs=None, seed=0, tokens=TOKENS, **settings):
     epochs = np.zeros_like(ids) if epochs is None else epochs
     return pretraining_batch(rows, ids, epochs, seed=seed, settings=ObjectiveSettings(**settings), tokens=tokens)
+
+
+@st.composite
+def any_rows(draw):
+    """Rows of any lengths, special tokens standing anywhere in them, their sample ids and epochs, and the tokens."""
+    tokens = SpecialTokens(mask=MASK, special=TOKENS.special, vocab_size=draw(st.integers(5, 40)))
+    num_rows, row_length = draw(st.integers(1, 6)), draw(st.integers(3, 24))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    length = rng.integers(2, row_length + 1, num_rows)
+    ids = rng.integers(0, tokens.vocab_size, (num_rows, row_length))
+    rows = {
+        "ids": np.where(np.arange(row_length) < length[:, None], ids, PAD).astype(np.uint16),
+        "length": length.astype(np.uint16),
+        "first_length": rng.integers(1, length).astype(np.uint16),
+        "next_sentence_label": rng.integers(0, 2, num_rows).astype(np.uint8),
+    }
+    return rows, rng.integers(0, 2**53, num_rows), rng.integers(0, 2**40, num_rows), tokens
+
+
+probabilities = st.floats(0, 1, exclude_min=True)
+seeds = st.integers(0, 2**63)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(rows=any_rows(), probability=probabilities, seed=seeds, static=st.booleans())
+def test_only_ordinary_tokens_are_masked_and_nothing_else_changes(rows, probability, seed, static):
+    rows, ids, epochs, tokens = rows
+    batch = make_batch(rows, ids, epochs, seed, tokens, mask_probability=probability, static_masking=static)
+    inputs, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+    is_token = np.arange(inputs.shape[1]) < rows["length"][:, None]
+    ordinary = is_token & (rows["ids"] > MASK)
+    masked = labels != IGNORED
+    assert not (masked & ~ordinary).any()
+    counts = [n and max(1, round(probability * n)) for n in ordinary.sum(1).tolist()]
+    assert masked.sum(1).tolist() == counts
+    assert (labels[masked] == rows["ids"][masked]).all()
+    assert (inputs[~masked] == rows["ids"][~masked]).all()
+    assert (inputs[masked] >= MASK).all() and (inputs < tokens.vocab_size).all()
+    assert (batch["attention_mask"].numpy() == is_token).all()
+    second = is_token & (np.arange(inputs.shape[1]) >= rows["first_length"][:, None])
+    assert (batch["token_type_ids"].numpy() == second).all()
+    assert count_targets(batch).tolist() == [sum(counts), len(ids)]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(rows=any_rows(), probability=probabilities, seed=seeds, static=st.booleans(), data=st.data())
+def test_neither_company_nor_order_nor_padding_changes_a_row(rows, probability, seed, static, data):
+    rows, ids, epochs, tokens = rows
+    chosen = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=6))
+    padding = np.full((len(chosen), data.draw(st.integers(0, 9))), PAD, np.uint16)
+    some = {name: array[chosen] for name, array in rows.items()}
+    some["ids"] = np.concatenate([some["ids"], padding], axis=1)
+    together, apart = (
+        make_batch(*samples, seed, tokens, mask_probability=probability, static_masking=static)
+        for samples in ((rows, ids, epochs), (some, ids[chosen], epochs[chosen]))
+    )
+    row_length = rows["ids"].shape[1]
+    for name, tensor in together.items():
+        found = apart[name] if tensor.ndim == 1 else apart[name][:, :row_length]
+        assert torch.equal(found, tensor[chosen])
+    assert (apart["labels"][:, row_length:] == IGNORED).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rows=any_rows(), seed=seeds, next_sentence=st.booleans(), data=st.data())
+def test_ignored_rows_count_for_nothing(rows, seed, next_sentence, data):
+    rows, ids, epochs, tokens = rows
+    batch = make_batch(rows, ids, epochs, seed, tokens, next_sentence=next_sentence)
+    counted = data.draw(st.integers(0, len(ids)))
+    kept = count_targets({name: tensor[:counted] for name, tensor in batch.items()})
+    assert torch.equal(count_targets(ignore_rows(batch, counted)), kept)
 
 
 def test_shapes_and_derived_inputs(pair_rows):

@@ -1,8 +1,12 @@
+from dataclasses import replace
+from itertools import accumulate
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline.loader import ElasticLoader
 from pipeline.mixing import mix
 from pipeline.order import OrderState, permute, sample_ids
 
@@ -12,7 +16,7 @@ windows = st.none() | st.integers(1, 400)
 seeds = st.integers(0, 2**63)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=200, derandomize=True)
 @given(seed=seeds, num_samples=sizes, run=runs, window=windows, epoch=st.integers(0, 2**40))
 def test_every_epoch_holds_each_sample_once(seed, num_samples, run, window, epoch):
     ids, epochs = sample_ids(OrderState(seed, num_samples, epoch * num_samples, run, window), num_samples)
@@ -21,20 +25,76 @@ def test_every_epoch_holds_each_sample_once(seed, num_samples, run, window, epoc
     assert (epochs == epoch).all()
 
 
-@settings(deadline=None, max_examples=100)
-@given(seed=seeds, num_samples=sizes, run=runs, window=windows, start=st.integers(0, 10**6), data=st.data())
-def test_the_stream_does_not_depend_on_how_it_is_cut(seed, num_samples, run, window, start, data):
-    count = data.draw(st.integers(1, 500))
-    cut = data.draw(st.integers(0, count))
-    ids, epochs = sample_ids(OrderState(seed, num_samples, start, run, window), count)
-    first = sample_ids(OrderState(seed, num_samples, start, run, window), cut)
-    second = sample_ids(OrderState(seed, num_samples, start + cut, run, window), count - cut)
-    assert np.array_equal(ids, np.concatenate([first[0], second[0]]))
-    assert np.array_equal(epochs, np.concatenate([first[1], second[1]]))
-    assert np.array_equal(epochs, np.arange(start, start + count) // num_samples)
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    seed=seeds, num_samples=sizes, run=runs, window=windows, start=st.integers(0, 10**12),
+    counts=st.lists(st.integers(0, 200), min_size=1, max_size=5),
+)  # fmt: skip
+def test_the_stream_does_not_depend_on_how_it_is_cut(seed, num_samples, run, window, start, counts):
+    state = OrderState(seed, num_samples, start, run, window)
+    ids, epochs = sample_ids(state, sum(counts))
+    starts = accumulate(counts[:-1], initial=start)
+    pieces = [sample_ids(replace(state, position=place), count) for place, count in zip(starts, counts, strict=True)]
+    assert np.array_equal(ids, np.concatenate([piece[0] for piece in pieces]))
+    assert np.array_equal(epochs, np.concatenate([piece[1] for piece in pieces]))
+    assert np.array_equal(epochs, np.arange(start, start + sum(counts)) // num_samples)
 
 
-@settings(deadline=None, max_examples=100)
+class NoRows:
+    """A reader for tests that look only at which samples come."""
+
+    def read(self, sample_ids):
+        return {}
+
+
+def no_tensors(rows, sample_ids, epochs):
+    return {}
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    seed=seeds, num_samples=sizes, run=runs, window=windows, start=st.integers(0, 10**12),
+    batch_size=st.integers(1, 60), step=st.integers(0, 10**6),
+)  # fmt: skip
+def test_any_number_of_ranks_sees_the_same_global_batches(seed, num_samples, run, window, start, batch_size, step):
+    order = OrderState(seed, max(num_samples, batch_size), start, run, window)
+    ids, epochs = sample_ids(replace(order, position=start + step * batch_size), batch_size)
+    for world_size in (size for size in range(1, batch_size + 1) if batch_size % size == 0):
+        shares = [
+            ElasticLoader(
+                NoRows(), no_tensors, order=order, global_batch_size=batch_size, rank=rank, world_size=world_size
+            )[step]
+            for rank in range(world_size)
+        ]
+        assert {len(share.sample_ids) for share in shares} == {batch_size // world_size}
+        assert np.array_equal(ids, np.concatenate([share.sample_ids for share in shares]))
+        assert np.array_equal(epochs, np.concatenate([share.epochs for share in shares]))
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    seed=seeds, other=seeds, num_samples=st.integers(300, 3000), run=st.integers(1, 20), window=windows,
+    epoch=st.integers(0, 10**6),
+)  # fmt: skip
+def test_another_seed_or_epoch_is_another_order(seed, other, num_samples, run, window, epoch):
+    assume(seed != other)
+    order = sample_ids(OrderState(seed, num_samples, epoch * num_samples, run, window), num_samples)[0]
+    for name, place in ((other, epoch), (seed, epoch + 1)):
+        ids = sample_ids(OrderState(name, num_samples, place * num_samples, run, window), num_samples)[0]
+        assert np.mean(ids == order) < 0.5
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(seed=seeds, num_samples=sizes, run=runs, window=st.integers(1, 400))
+def test_a_window_reads_few_places(seed, num_samples, run, window):
+    """What runs are for: a window holds as many as fill it; its ends and the shorter run add three at most."""
+    assume(window < num_samples)
+    ids, _ = sample_ids(OrderState(seed, num_samples, run=run, window=window), num_samples)
+    for start in range(0, num_samples, window):
+        assert len(np.unique(ids[start : start + window] // run)) <= (window - 1) // run + 3
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
 @given(key=seeds, size=st.integers(1, 2**53), start=st.integers(0, 2**53))
 def test_permute_never_leaves_its_domain_nor_meets_itself(key, size, start):
     index = np.arange(start % size, min(start % size + 300, size), dtype=np.uint64)

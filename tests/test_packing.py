@@ -1,3 +1,5 @@
+from itertools import accumulate, pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,6 +8,11 @@ from hypothesis import strategies as st
 from data_prep.packing import PairLayout, join_sentences, pack_sentence_pairs
 
 CLS, SEP, PAD = 2, 3, 0
+
+row_lengths = st.integers(8, 40)  # 8 is the least that build_shards takes
+pools = st.lists(st.lists(st.integers(0, 40), max_size=6), min_size=1, max_size=5)
+shares = st.sampled_from([0.0, 0.1, 0.5, 1.0])
+seeds = st.integers(0, 2**40).map(str)
 
 
 def layout(row_length=16, **probabilities):
@@ -46,21 +53,68 @@ def test_one_row_by_hand():
     assert [rows[name].dtype for name in rows] == ["uint16", "uint16", "uint16", "uint8"]
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.lists(st.integers(0, 40), max_size=6), min_size=1, max_size=5),
-    st.integers(8, 40),
-    st.integers(0, 9),
-)
-def test_every_token_stands_once_and_in_order(sentence_lengths, row_length, seed):
-    row_layout = layout(row_length)
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(sentence_lengths=pools, row_length=row_lengths, random_next=shares, short_row=shares, seed=seeds)
+def test_every_token_stands_once_and_in_order(sentence_lengths, row_length, random_next, short_row, seed):
+    row_layout = layout(row_length, random_next_probability=random_next, short_row_probability=short_row)
     pool = pool_of(sentence_lengths, row_layout)
-    rows = pack_sentence_pairs(pool, row_layout, str(seed))
+    rows = pack_sentence_pairs(pool, row_layout, seed)
+    assert rows["ids"].shape[1] == row_length
     stream = []
     for first, second, label in segments(rows):
         assert first and second
         stream += first if label else first + second
     assert stream == [token for document in pool for token in document.ids.tolist()]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(sentence_lengths=pools, row_length=row_lengths, random_next=shares, seed=seeds)
+def test_each_segment_comes_from_where_its_label_says(sentence_lengths, row_length, random_next, seed):
+    row_layout = layout(row_length, random_next_probability=random_next, short_row_probability=0)
+    pool = pool_of(sentence_lengths, row_layout)
+    for first, second, label in segments(pack_sentence_pairs(pool, row_layout, seed)):
+        number, position = divmod(first[0] - 1000, 1000)
+        ids, ends = pool[number]
+        stop = min(position + row_layout.longest_pair, len(ids))
+        boundaries = [end for end in ends if position < end < stop]
+        middle = position + len(first)
+        assert middle in boundaries if boundaries else label == 1 and stop == len(ids)
+        if random_next in (0, 1):
+            assert label == (random_next if boundaries else 1)
+        if label == 0:
+            assert second == ids[middle:stop].tolist()
+        else:
+            other, start = divmod(second[0] - 1000, 1000)
+            assert other != number or sum(map(any, sentence_lengths)) == 1
+            assert start in [0, *pool[other].sentence_ends]
+            assert second == pool[other].ids[start : start + row_layout.longest_pair - len(first)].tolist()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(sentence_lengths=pools, row_length=row_lengths, seed=seeds, data=st.data())
+def test_documents_without_a_token_change_nothing(sentence_lengths, row_length, seed, data):
+    row_layout = layout(row_length)
+    pool = pool_of(sentence_lengths, row_layout)
+    more = list(pool)
+    for place in data.draw(st.lists(st.integers(0, len(pool)), max_size=3)):
+        more.insert(place, join_sentences(data.draw(st.sampled_from([[], [[]]])), row_layout.longest_sentence))
+    rows, again = (pack_sentence_pairs(documents, row_layout, seed) for documents in (pool, more))
+    assert all(np.array_equal(rows[name], again[name]) for name in rows)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 60), max_size=8), st.integers(1, 20))
+def test_joined_sentences_end_where_they_did_or_in_between(lengths, longest_sentence):
+    tokens = iter(range(sum(lengths)))
+    document = join_sentences([[next(tokens) for _ in range(length)] for length in lengths], longest_sentence)
+    assert document.ids.tolist() == list(range(sum(lengths)))
+    parts = np.diff([0, *document.sentence_ends])
+    assert ((parts >= 1) & (parts <= longest_sentence)).all()
+    sentence_ends = [end for length, end in zip(lengths, accumulate(lengths), strict=True) if length]
+    assert set(sentence_ends) <= set(document.sentence_ends)
+    for start, end in pairwise([0, *sentence_ends]):
+        inside = [part for part, stop in zip(parts, document.sentence_ends, strict=True) if start < stop <= end]
+        assert max(inside) - min(inside) <= 1 and len(inside) == -(-(end - start) // longest_sentence)
 
 
 def test_a_following_segment_begins_at_a_sentence():

@@ -1,8 +1,11 @@
 from dataclasses import dataclass
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_prep.recipes import ConfigError, Share, load_settings, run_command, strict
+from data_prep.recipes import ConfigError, Share, known_fields, load_settings, run_command, strict
 
 
 @strict
@@ -30,10 +33,13 @@ def load(*argv):
     return load_settings(Settings, argv, "sort")
 
 
+RECIPE = b"input: [a, b]\nsizes: [3]\nfast: true\n"
+
+
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("input: [a, b]\nsizes: [3]\nfast: true\n")
+    path.write_bytes(RECIPE)
     return f"--recipe={path}"
 
 
@@ -42,6 +48,63 @@ def test_a_field_of_any_number_of_values_is_repeated_and_replaces_the_recipes(re
     settings = load("--input", "null", recipe, "--input=[3]", "--sizes", "7", "--input", "-x")
     assert (settings.input, settings.sizes) == (("null", "[3]", "-x"), (7,))
     assert load(recipe, "--corner", "[0, 1]", "--corner", "[2, 3]").corner == (2, 3)
+
+
+NAMES = (*known_fields(Settings), "recipe")
+# What an argument can be: neither nul nor half a surrogate pair.
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+names = st.sampled_from(NAMES) | st.text(st.characters(categories=["L"]), max_size=8)
+trees = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts | st.dates() | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=6,
+)
+arguments = st.one_of(
+    st.sampled_from(NAMES).map("--{}".format),
+    st.builds("--{}={}".format, names, texts | trees.map(yaml.safe_dump)),
+    texts | trees.map(yaml.safe_dump),
+).filter(lambda argument: argument not in ("-h", "--help"))
+
+
+def faults_of(*argv):
+    """Every fault that `argv` has; none where it gives settings."""
+    try:
+        assert isinstance(load(*argv), Settings)
+    except ConfigError as error:
+        assert error.faults
+        return error.faults
+    return []
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(argv=st.lists(arguments, max_size=5))
+def test_any_command_line_gives_settings_or_named_faults(argv):
+    sections = [argument.removeprefix("--").partition("=")[0].partition(".")[0] for argument in argv]
+    assert all(fault.startswith((*NAMES, *argv, *sections)) for fault in faults_of(*argv))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(tree=st.dictionaries(names, trees, max_size=5))
+def test_any_fields_of_a_recipe_give_settings_or_named_faults(tmp_path_factory, tree):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert all(fault.startswith((*NAMES, *tree)) for fault in faults_of(f"--recipe={path}"))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(content=st.binary() | texts.map(str.encode), place=st.integers(0, len(RECIPE)), cut=st.booleans())
+def test_any_bytes_for_a_recipe_give_settings_or_named_faults(tmp_path_factory, content, place, cut):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    for broken in (content, RECIPE[:place] + content + RECIPE[len(RECIPE) if cut else place :]):
+        path.write_bytes(broken)
+        faults = faults_of(f"--recipe={path}")
+        assert not faults or any(name in fault for name in NAMES for fault in faults)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(values=st.lists(texts | trees.map(str), min_size=1))
+def test_text_is_taken_as_it_is(values):
+    assert load(*[f"--input={value}" for value in values]).input == tuple(values)
 
 
 def test_a_flag_may_stand_alone(recipe):

@@ -8,6 +8,8 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep import shards
 from data_prep.shards import CorruptShard, ShardIndex, ShardReader, ShardWriter, pair_fields
@@ -18,7 +20,7 @@ FIELDS = pair_fields(ROW_LENGTH, "uint16")
 
 def write_folder(folder, rows, pieces=1, rows_per_block=8, blocks_per_shard=3):
     """A folder of shards of 24 rows; the rows arrive in `pieces`."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     writer = ShardWriter(
         folder, "train-000000", FIELDS, rows_per_block=rows_per_block, blocks_per_shard=blocks_per_shard
     )
@@ -36,6 +38,22 @@ def rows(pair_rows):
 @pytest.fixture
 def folder(tmp_path, rows):
     return write_folder(tmp_path / "train", rows, pieces=7)
+
+
+def any_rows(count, seed=0):
+    """Rows of any values that their types hold."""
+    rng = np.random.default_rng(seed)
+    limits = {field.name: np.iinfo(field.dtype).max for field in FIELDS}
+    return {
+        field.name: rng.integers(0, limits[field.name], field.shape(count), field.dtype, endpoint=True)
+        for field in FIELDS
+    }
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    """Two shards of two blocks: to damage, and to mend again."""
+    return write_folder(tmp_path_factory.mktemp("small"), any_rows(11), rows_per_block=3, blocks_per_shard=2)
 
 
 def assert_equal_rows(found, rows, sample_ids):
@@ -60,6 +78,51 @@ def test_rows_come_back_by_number(folder, rows):
     for sample_ids in ([0], [99, 0, 50, 50], range(100), np.random.default_rng(0).permutation(100)):
         assert_equal_rows(reader.read(np.array(sample_ids)), rows, np.array(sample_ids))
     assert reader.read(np.array([], np.int64))["ids"].shape == (0, ROW_LENGTH)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    num_rows=st.integers(0, 40), seed=st.integers(0, 2**32), pieces=st.integers(1, 7),
+    rows_per_block=st.integers(1, 9), blocks_per_shard=st.integers(1, 4), data=st.data(),
+)  # fmt: skip
+def test_any_rows_come_back(tmp_path_factory, num_rows, seed, pieces, rows_per_block, blocks_per_shard, data):
+    rows = any_rows(num_rows, seed)
+    folder = write_folder(tmp_path_factory.mktemp("any"), rows, pieces, rows_per_block, blocks_per_shard)
+    reader = ShardReader(folder)
+    reader.verify()
+    assert len(reader) == num_rows
+    sample_ids = data.draw(st.lists(st.integers(0, num_rows - 1), max_size=20)) if num_rows else []
+    for chosen in (np.array(sample_ids, np.int64), np.arange(num_rows)):
+        assert_equal_rows(reader.read(chosen), rows, chosen)
+    rows_per_shard = rows_per_block * blocks_per_shard
+    whole, rest = divmod(num_rows, rows_per_shard)
+    index = ShardIndex.load(folder)
+    assert [sum(shard.rows) for shard in index.shards] == [rows_per_shard] * whole + [rest] * (rest > 0)
+    assert [shards.scan_shard(folder / shard.name, FIELDS) for shard in index.shards] == list(index.shards)
+
+
+@st.composite
+def damaged(draw, content):
+    """`content` with one bit flipped, cut short, or with something behind it."""
+    place, kind = draw(st.integers(0, len(content) - 1)), draw(st.sampled_from(["flip", "cut", "append"]))
+    if kind == "flip":
+        return content[:place] + bytes([content[place] ^ 1 << draw(st.integers(0, 7))]) + content[place + 1 :]
+    return content[:place] if kind == "cut" else content + draw(st.binary(min_size=1, max_size=20))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_no_damage_of_a_shard_is_overlooked(small_folder, data):
+    path = data.draw(st.sampled_from(sorted(small_folder.glob("*.tar"))))
+    content = path.read_bytes()
+    path.write_bytes(data.draw(damaged(content)))
+    try:
+        with pytest.raises(CorruptShard) as caught:
+            ShardReader(small_folder).verify()
+    finally:
+        path.write_bytes(content)
+    (fault,) = caught.value.faults
+    assert fault.startswith(f"{path}: ")
 
 
 def test_equal_rows_give_equal_bytes(tmp_path, rows):

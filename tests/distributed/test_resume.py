@@ -8,10 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.metrics import read_metrics
-from tests.distributed.runs import COMBINATIONS, STEPS, run_arguments
+from tests.distributed.runs import COMBINATIONS, STEPS, assert_same_end, run_arguments
 from tests.launcher import deepspeed_command, launch, started
 
 
@@ -32,7 +31,7 @@ def test_losses_are_bit_equal_and_each_step_stands_once(stage, precision, runs):
 
 @pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
 def test_weights_moments_and_amplitudes_are_bit_equal(stage, precision, runs):
-    _assert_same_end(runs / f"whole-{stage}-{precision}", runs / f"resumed-{stage}-{precision}")
+    assert_same_end(runs / f"whole-{stage}-{precision}", runs / f"resumed-{stage}-{precision}")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(runs, tiny_shards, tmp_path):
@@ -53,7 +52,7 @@ def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been(runs, tiny_shards
     assert not (runs / "killed" / "DONE").exists()
     output = launch("pipeline/pretrain.py", *arguments)
     assert "resuming from" in output and "is finished" in output
-    _assert_same_end(runs / "whole-2-fp32", runs / "killed")
+    assert_same_end(runs / "whole-2-fp32", runs / "killed")
 
 
 def _wait_for_step(metrics, step, process, seconds=120):
@@ -75,29 +74,3 @@ def _rank_process(launcher, rank):
                 if f"--local_rank={rank}".encode() in words:
                     return int(entry.name)
     raise AssertionError(f"rank {rank} is not running")
-
-
-def _assert_same_end(whole, other):
-    """Both runs' last checkpoints hold the same bits in every file of DeepSpeed's."""
-    whole, other = (run / f"checkpoints/step{STEPS:08d}" for run in (whole, other))
-    files = sorted(path.name for path in whole.glob("*.pt"))
-    assert files == sorted(path.name for path in other.glob("*.pt")) and len(files) >= 3
-    assert sum(_assert_equal(_load(whole / name), _load(other / name), name) for name in files) > 20
-
-
-def _load(path):
-    return torch.load(path, weights_only=False)  # noqa: S614 (written by this test)
-
-
-def _assert_equal(ours, theirs, where):
-    """Compares nested containers to the bit; returns the number of tensors."""
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0)), where
-        return 1
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        return sum(_assert_equal(ours[key], theirs[key], f"{where}/{key}") for key in ours)
-    if isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        return sum(_assert_equal(a, b, f"{where}/{i}") for i, (a, b) in enumerate(zip(ours, theirs, strict=True)))
-    return 0

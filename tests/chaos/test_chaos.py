@@ -1,0 +1,43 @@
+"""`make chaos` in small: every kind of process is killed once, each at another point of the smallest run."""
+
+import pytest
+
+from tests.chaos.chaos import Campaign, summary
+from tests.distributed.runs import run_arguments
+
+AIMS = (
+    ("deepspeed", "saving", "rank 1"),
+    ("deepspeed", "starting", "launch.py"),
+    ("pretrain.sh", "loading", "deepspeed"),
+    ("pretrain.sh", "stepping", "rank 0"),
+    ("mpirun", "evaluating", "mpirun"),
+)
+"""Launched by what, in which phase, which part of the job is killed."""
+
+
+@pytest.fixture
+def campaign(runs, tiny_shards, tmp_path):
+    more = ("--checkpoint.every", "1", "--engine.timeout_minutes", "0.5")
+    return Campaign(
+        lambda name: run_arguments(tiny_shards, tmp_path, name, 2, "fp32", *more), tmp_path, runs / "whole-2-fp32"
+    )
+
+
+def test_a_run_survives_every_kill_and_ends_as_if_there_had_been_none(campaign):
+    for launcher, phase, victim in AIMS:
+        # A phase may be over before the kill: then the kill counts, but the aim is taken again.
+        while not campaign.faults and (phase, victim) not in [(hit.phase, hit.victim) for hit in campaign.hits]:
+            campaign.strike(launcher, lambda job, watch, phase=phase: phase_of(job, watch) == phase, only(victim))
+    campaign.finish()
+    print(summary(campaign.hits))
+    assert not campaign.faults
+    assert len(campaign.hits) >= 5
+    assert not campaign.shared_memory()
+
+
+def phase_of(job, watch):
+    return watch.phase(job.parts() if watch.start() is None else ())
+
+
+def only(victim):
+    return lambda names: victim if victim in names else None
