@@ -256,6 +256,11 @@ class SpikeLMConfig(PreTrainedConfig):
         rope_type = self.rope_parameters["rope_type"]
         if rope_type not in ROPE_TYPES:
             faults.append(f"rope_parameters.rope_type is {rope_type!r}: use one of {', '.join(ROPE_TYPES)}")
+        else:
+            try:
+                self.validate_rope()
+            except KeyError as error:
+                faults.append(f"rope_parameters is {self.rope_parameters}: {error.args[0]}")
         share = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if share != 1.0:
             faults.append(f"rope_parameters.partial_rotary_factor is {share}: whole heads are rotated, leave it out")

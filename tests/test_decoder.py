@@ -159,6 +159,18 @@ def test_left_padding_changes_no_logit(settings, left):
 
 @each_kind
 @needs_clear_thresholds
+def test_padding_between_tokens_is_passed_over(kind):
+    model, ids = ready_decoder({"kind": kind}).double(), token_ids()
+    gap = torch.full((2, 3), 17)
+    padded = torch.cat([ids[:, :10], gap, ids[:, 10:]], dim=1)
+    mask = torch.cat([torch.ones(2, 10), torch.zeros(2, 3), torch.ones(2, 14)], dim=1)
+    for positions in (None, (mask.cumsum(-1).long() - 1).masked_fill(mask == 0, 0)):
+        found = model(padded, mask, position_ids=positions).logits[mask == 1]
+        torch.testing.assert_close(found, model(ids).logits.flatten(0, 1), atol=1e-12, rtol=1e-12)
+
+
+@each_kind
+@needs_clear_thresholds
 def test_rows_padded_differently_have_the_gradients_that_they_have_alone(kind):
     model, ids = ready_decoder({"kind": kind}).double(), token_ids(rows=1)
     model(ids, labels=ids).causal_lm_loss_sum.backward()

@@ -94,6 +94,10 @@ def test_heads_must_divide_the_width():
             "rope_parameters.rope_type is 'dynamic': use one of default, linear, llama3, yarn",
         ),
         (
+            {"family": "llama", "rope_parameters": {"rope_type": "linear"}},
+            "rope_parameters is {'rope_type': 'linear', .*: Missing required keys .*'factor'",
+        ),
+        (
             {"family": "llama", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "rope_parameters.partial_rotary_factor is 0.5: whole heads are rotated, leave it out",
         ),
