@@ -64,8 +64,7 @@ def rotary_angles(config: SpikeLMConfig, position_ids_BL: Tensor) -> Rotary:
 
 def rotate(x_TBLD: Tensor, rotary: Rotary) -> Tensor:
     """Queries or keys rotated head by head in at least fp32 (Su et al. 2021): component i pairs with i + K/2."""
-    cos, sin = rotary
-    compute = torch.promote_types(x_TBLD.dtype, torch.float32)
-    x1, x2 = x_TBLD.to(compute).unflatten(-1, (-1, 2 * cos.shape[-1])).chunk(2, dim=-1)
+    cos, sin = rotary  # fp32, and so are their products with anything narrower
+    x1, x2 = x_TBLD.unflatten(-1, (-1, 2 * cos.shape[-1])).chunk(2, dim=-1)
     rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
     return rotated.flatten(-2).to(x_TBLD.dtype)
