@@ -26,13 +26,14 @@ def register_auto_classes(config_class: type[PreTrainedConfig], model_classes: A
 def save_with_code(model: PreTrainedModel, model_classes: AutoClasses, folder: Path) -> None:
     """save_pretrained, and beside the weights the modules that the model needs.
 
-    Each Auto class of `model_classes` then opens the folder with trust_remote_code=True, wherever torch and
-    transformers are installed.
+    Each Auto class of `model_classes` that fits the model's kind of stack then opens the folder with
+    trust_remote_code=True, wherever torch and transformers are installed.
     """
     name = auto_class_name(model, model_classes)
     type(model.config).register_for_auto_class()
     type(model).register_for_auto_class(name)
-    model.config.auto_map = {each: _reference(model_class) for each, model_class in model_classes.items()}
+    fitting = {each: model_class for each, model_class in model_classes.items() if model_class.fits(model.config)}
+    model.config.auto_map = {each: _reference(model_class) for each, model_class in fitting.items()}
     model.save_pretrained(folder)
 
 

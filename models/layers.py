@@ -1,7 +1,10 @@
-"""One spiking transformer layer in BERT's shape: attention and MLP, each linear layer behind a neuron.
+"""One spiking transformer layer: attention and MLP, each linear layer behind a neuron.
 
 Legend: T spike timesteps (first), B batch, L tokens, D width, H heads, K width of a head, F width of the MLP.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +12,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .amplitudes import BlockNeurons
-from .config import NeuronConfig, SpikeLMConfig
+from .config import NeuronConfig
+from .positions import Rotary, rotate
 
 SITES = ("qkv", "key", "value", "attention_output", "mlp_up", "mlp_down")
 """The neurons of a block in the order of the flow: each has its row in the amplitude table."""
@@ -17,83 +21,157 @@ SITES = ("qkv", "key", "value", "attention_output", "mlp_up", "mlp_down")
 QKV, KEY, VALUE, ATTENTION_OUTPUT, MLP_UP, MLP_DOWN = range(len(SITES))
 
 
+@dataclass(frozen=True)
+class NormSpec:
+    """Which norm, and whether it stands before attention and MLP or behind the residual sum."""
+
+    kind: Literal["layer", "rms"]
+    eps: float
+    first: bool
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How queries share keys and values, and what they see where no mask is given: all, or (causal) nothing later."""
+
+    num_heads: int
+    num_key_value_heads: int
+    causal: bool
+    bias: bool
+    dropout: float
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """activation(up), or (gated) activation(gate) * up."""
+
+    intermediate_size: int
+    activation: str
+    gated: bool
+    bias: bool
+
+
+def build_norm(spec: NormSpec, width: int) -> nn.Module:
+    """A norm over the last axis."""
+    return (nn.LayerNorm if spec.kind == "layer" else nn.RMSNorm)(width, eps=spec.eps)
+
+
 class SpikeAttention(nn.Module):
     """Self-attention on spikes: one neuron and one product for q, k, v; keys and values are spiked once more.
 
-    Queries and softmax stay real. Keys and values fire without membrane, after their projection.
+    Queries and softmax stay real. Keys and values fire without membrane, after their projection: keys when they have
+    been rotated, both before they are repeated for the query heads that share them.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, hidden_size: int, spec: AttentionSpec) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
+        self.num_heads = spec.num_heads
+        self.sharing = spec.num_heads // spec.num_key_value_heads
+        self.causal = spec.causal
+        self.dropout = spec.dropout
+        self.head_width = hidden_size // spec.num_heads
+        shared = spec.num_key_value_heads * self.head_width
+        self.widths = (hidden_size, shared, shared)
+        self.qkv = nn.Linear(hidden_size, sum(self.widths), bias=spec.bias)
+        self.output = nn.Linear(hidden_size, hidden_size, bias=spec.bias)
 
-    def forward(self, x_TBLD: Tensor, neurons: BlockNeurons, mask_B11L: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(neurons.fire(QKV, x_TBLD)).chunk(3, dim=-1)
+    def forward(
+        self, x_TBLD: Tensor, neurons: BlockNeurons, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
+        q, k, v = self.qkv(neurons.fire(QKV, x_TBLD)).split(self.widths, dim=-1)
+        if rotary is None:
+            q = q.contiguous()  # a view of q would keep the real k and v alive until the backward
+        else:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         k = neurons.fire(KEY, k, memoryless=True)
         v = neurons.fire(VALUE, v, memoryless=True)
-        # A view of q would keep the real k and v alive until the backward.
-        context = self._attend(q.contiguous(), k, v, mask_B11L)
-        return self.output(neurons.fire(ATTENTION_OUTPUT, context))
+        return self.output(neurons.fire(ATTENTION_OUTPUT, self._attend(q, k, v, mask)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask_B11L: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         T, B, L, D = q.shape
-        q, k, v = (x.reshape(T * B, L, self.num_heads, D // self.num_heads).transpose(1, 2) for x in (q, k, v))
-        mask = None if mask_B11L is None else mask_B11L.repeat(T, 1, 1, 1)
-        dropout = self.dropout if self.training else 0.0
-        context_THLK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        K = self.head_width
+        q, k, v = (x.reshape(T * B, L, x.shape[-1] // K, K).transpose(1, 2) for x in (q, k, v))
+        if self.sharing > 1:
+            # Not by enable_gqa, with which a mask leaves no fused kernel but the CPU's.
+            k, v = (x.repeat_interleave(self.sharing, dim=1) for x in (k, v))
+        context_THLK = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal and mask is None,
+        )
         return context_THLK.transpose(1, 2).reshape(T, B, L, D)
 
 
 class SpikeMLP(nn.Module):
-    """Two linear layers, each behind a neuron, with the activation between them."""
+    """Two linear layers, each behind a neuron, with the activation between them; gate and up are one product."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str) -> None:
+    def __init__(self, hidden_size: int, spec: MLPSpec) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden_size, intermediate_size)
-        self.activation = ACT2FN[activation]
-        self.down = nn.Linear(intermediate_size, hidden_size)
+        self.gated = spec.gated
+        self.up = nn.Linear(hidden_size, (2 if spec.gated else 1) * spec.intermediate_size, bias=spec.bias)
+        self.activation = ACT2FN[spec.activation]
+        self.down = nn.Linear(spec.intermediate_size, hidden_size, bias=spec.bias)
 
     def forward(self, x_TBLD: Tensor, neurons: BlockNeurons) -> Tensor:
-        hidden_TBLF = self.activation(self.up(neurons.fire(MLP_UP, x_TBLD)))
+        hidden_TBLF = self.up(neurons.fire(MLP_UP, x_TBLD))
+        if self.gated:
+            gate_TBLF, hidden_TBLF = hidden_TBLF.chunk(2, dim=-1)
+            hidden_TBLF = self.activation(gate_TBLF) * hidden_TBLF
+        else:
+            hidden_TBLF = self.activation(hidden_TBLF)
         return self.down(neurons.fire(MLP_DOWN, hidden_TBLF))
 
 
 class SpikeBlock(GradientCheckpointingLayer):
-    """One post-norm layer. It keeps nothing between calls: amplitudes come in, statistics go out."""
+    """One layer. It keeps nothing between calls: amplitudes come in, statistics go out."""
 
-    def __init__(self, config: SpikeLMConfig) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        neuron: NeuronConfig,
+        norm: NormSpec,
+        attention: AttentionSpec,
+        mlp: MLPSpec,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        self.neuron: NeuronConfig = config.neuron
-        self.attention = SpikeAttention(
-            config.hidden_size, config.num_attention_heads, config.attention_probs_dropout_prob
-        )
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = SpikeMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.neuron = neuron
+        self.norm_first = norm.first
+        self.attention = SpikeAttention(hidden_size, attention)
+        self.attention_norm = build_norm(norm, hidden_size)
+        self.mlp = SpikeMLP(hidden_size, mlp)
+        self.mlp_norm = build_norm(norm, hidden_size)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
         x_TBLD: Tensor,
         amplitudes: Tensor,
-        mask_B11L: Tensor | None = None,
+        mask: Tensor | None = None,
         counted_BL: Tensor | None = None,
         calibrate: bool = False,
+        rotary: Rotary | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the hidden states [T, B, L, D] and the sums of SpikeStats [sites, T, 5].
 
         Args:
             amplitudes: this block's rows of the table, [sites, T].
-            mask_B11L: True where a token may be attended to.
+            mask: for every timestep and row, [T * B, 1, 1 or L, L]: True where a token may be attended to, or what is
+                added to the scores.
             counted_BL: True where a token counts in the statistics.
             calibrate: fill `amplitudes` in, site after site.
+            rotary: by which queries and keys are rotated.
         """
         neurons = BlockNeurons(self.neuron, amplitudes, counted_BL, calibrate)
-        x_TBLD = self.attention_norm(x_TBLD + self.dropout(self.attention(x_TBLD, neurons, mask_B11L)))
-        x_TBLD = self.mlp_norm(x_TBLD + self.dropout(self.mlp(x_TBLD, neurons)))
+        if self.norm_first:
+            x_TBLD = x_TBLD + self.dropout(self.attention(self.attention_norm(x_TBLD), neurons, mask, rotary))
+            x_TBLD = x_TBLD + self.dropout(self.mlp(self.mlp_norm(x_TBLD), neurons))
+        else:
+            x_TBLD = self.attention_norm(x_TBLD + self.dropout(self.attention(x_TBLD, neurons, mask, rotary)))
+            x_TBLD = self.mlp_norm(x_TBLD + self.dropout(self.mlp(x_TBLD, neurons)))
         return x_TBLD, neurons.stats().to(x_TBLD.device)
 
 

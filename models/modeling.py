@@ -1,6 +1,6 @@
-"""SpikeLM models with transformers' interface: the bare encoder, and its heads for pretraining and classification.
+"""SpikeLM models with transformers' interface: the bare encoder or decoder, and the heads that stand on them.
 
-Arguments that a forward does not know are a TypeError. Those that only the encoder knows pass through the heads.
+Arguments that a forward does not know are a TypeError. Those that only the bare model knows pass through the heads.
 
 Legend: B batch, L tokens, D width, V vocabulary, N positions that count (label other than -100).
 """
@@ -14,23 +14,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    CausalLMOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
 from transformers.utils.generic import can_return_tuple
 
 from .auto import register_auto_classes
-from .config import SpikeLMConfig
+from .config import FAMILIES, SpikeLMConfig
 from .layers import SpikeBlock
-from .stack import PositionEmbeddings, SpikeEmbeddings, SpikeStack, sinusoids
+from .positions import sinusoids
+from .stack import PositionEmbeddings, SpikeStack, build_embeddings
 
 IGNORED_LABEL = -100
 
 
 @dataclass
 class SpikeLMModelOutput(BaseModelOutputWithPooling):
-    """What the encoder gives.
+    """What the bare model gives.
 
-    last_hidden_state: [B, L, D], the mean over timesteps. pooler_output: [B, D], or None.
-    hidden_states: where asked for, the embeddings and what each layer gives, means over timesteps, [B, L, D] each.
+    last_hidden_state: [B, L, D], the mean over timesteps. pooler_output: [B, D], or None; decoders have none.
+    hidden_states: where asked for, the embeddings and what each layer gives, means over timesteps, [B, L, D] each; the
+    last one is last_hidden_state.
     spike_stats: sums of SpikeStats over the neurons, [S, T, 5].
     """
 
@@ -55,6 +62,21 @@ class SpikeLMPreTrainingOutput(MaskedLMOutput):
 
 
 @dataclass
+class SpikeLMCausalLMOutput(CausalLMOutput):
+    """Loss and logits of the causal head.
+
+    loss: mean over this batch's counted targets. logits: [N, V] of the positions before the counted targets where
+    labels were given, else [B, L, V].
+    causal_lm_loss_sum: the sum over counted targets in nats; causal_lm_count: how many those are.
+    hidden_states, spike_stats: as in SpikeLMModelOutput.
+    """
+
+    causal_lm_loss_sum: Tensor | None = None
+    causal_lm_count: Tensor | None = None
+    spike_stats: Tensor | None = None
+
+
+@dataclass
 class SpikeLMSequenceClassifierOutput(SequenceClassifierOutput):
     """loss (a mean), logits [B, num_labels]; hidden_states and spike_stats as in SpikeLMModelOutput."""
 
@@ -62,7 +84,10 @@ class SpikeLMSequenceClassifierOutput(SequenceClassifierOutput):
 
 
 class SpikeLMPreTrainedModel(PreTrainedModel):
-    """What all our models share: configuration, initialisation, checkpointing."""
+    """What all our models share: configuration, initialisation, checkpointing.
+
+    Raises ValueError where the configuration's family has not the kind of stack that the class needs.
+    """
 
     config_class = SpikeLMConfig
     base_model_prefix = "model"
@@ -70,6 +95,22 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # losses are means over the batch given: transformers' Trainer averages them itself
     _supports_sdpa = True
     _no_split_modules = ["SpikeBlock"]
+    _needs_causal: bool | None = None  # None: stands on both kinds of stack
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        if not self.fits(config):
+            kinds = {False: "an encoder", True: "a decoder"}
+            fitting = [name for name, family in FAMILIES.items() if family.causal == self._needs_causal]
+            raise ValueError(
+                f"{type(self).__name__} needs {kinds[self._needs_causal]}, but family is {config.family!r}, "
+                f"{kinds[config.traits.causal]}: use another head, or family {' or '.join(fitting)}"
+            )
+        super().__init__(config)
+
+    @classmethod
+    def fits(cls, config: SpikeLMConfig) -> bool:
+        """Whether this class can be made of the configuration: whether encoders have it, or decoders."""
+        return cls._needs_causal in (None, config.traits.causal)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -87,18 +128,25 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
         elif isinstance(module, SpikeStack):
             module.reset_amplitudes()
 
 
 class SpikeLMModel(SpikeLMPreTrainedModel):
-    """The bare encoder: embeddings, T timesteps of spiking layers, mean over time, pooler (BERT's tanh of [CLS])."""
+    """The bare model: embeddings, T timesteps of spiking layers, mean over time; encoders have BERT's pooler as well.
+
+    In a decoder, position_ids that begin anew at 0 within a row begin a new document, which sees nothing of the ones
+    before. Left out, every row is one document, whose tokens are counted from 0 beside padding on either side.
+    """
 
     def __init__(self, config: SpikeLMConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.embeddings = SpikeEmbeddings(config)
+        self.embeddings = build_embeddings(config)
         self.stack = SpikeStack(config)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        pooled = add_pooling_layer and not config.traits.causal
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooled else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -122,7 +170,8 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         """Inputs are [B, L] as in transformers. `calibrate` belongs to models.amplitudes.calibrate_amplitudes.
 
         Raises RuntimeError where the amplitudes are not calibrated, ValueError for attention weights, which are never
-        formed, and where not exactly one of input_ids and inputs_embeds is given.
+        formed, for token_type_ids where the family has none, and where not exactly one of input_ids and inputs_embeds
+        is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -131,7 +180,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         embedded_BLD = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         states = [embedded_BLD] if self._asked_for("output_hidden_states", output_hidden_states) else None
         observe = None if states is None else states.append
-        hidden_BLD, stats = self.stack(embedded_BLD, attention_mask, calibrate, observe)
+        hidden_BLD, stats = self.stack(embedded_BLD, attention_mask, calibrate, observe, position_ids)
+        if states is not None:
+            states[-1] = hidden_BLD  # behind the last norm, as transformers has it
         return SpikeLMModelOutput(
             last_hidden_state=hidden_BLD,
             pooler_output=None if self.pooler is None else torch.tanh(self.pooler(hidden_BLD[:, 0])),
@@ -161,6 +212,7 @@ class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
     """The encoder with a head for masked tokens."""
 
     accepts_loss_kwargs = True
+    _needs_causal = False
     _tied_weights_keys = {"mlm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: SpikeLMConfig) -> None:
@@ -196,23 +248,14 @@ class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
         num_items_in_batch: counted tokens of the whole step, to divide the loss by instead of this batch's own.
         """
         output = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits, loss_sum = self._predict_tokens(output.last_hidden_state, labels)
-        whole_step = loss_sum is not None and num_items_in_batch is not None
+        logits, loss_sum = _predict_tokens(self.mlm_head, output.last_hidden_state, labels)
         return SpikeLMPreTrainingOutput(
-            loss=loss_sum / num_items_in_batch if whole_step else _mean_loss([(loss_sum, labels)]),
+            loss=_token_loss(loss_sum, labels, num_items_in_batch),
             logits=logits,
             hidden_states=output.hidden_states,
             masked_lm_loss_sum=loss_sum,
             spike_stats=output.spike_stats,
         )
-
-    def _predict_tokens(self, hidden_BLD: Tensor, labels_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits of the counted positions [N, V] and their summed loss; of all positions where no labels are given."""
-        if labels_BL is None:
-            return self.mlm_head(hidden_BLD), None
-        counted_BL = labels_BL != IGNORED_LABEL
-        logits_NV = self.mlm_head(hidden_BLD[counted_BL])
-        return logits_NV, _loss_sum(logits_NV, labels_BL[counted_BL])
 
 
 class SpikeLMForPreTraining(SpikeLMForMaskedLM):
@@ -243,7 +286,7 @@ class SpikeLMForPreTraining(SpikeLMForMaskedLM):
     ) -> SpikeLMPreTrainingOutput:
         """Inputs as in SpikeLMModel; labels [B, L]; next_sentence_label [B]: 0 the second segment follows, 1 random."""
         output = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits, token_loss = self._predict_tokens(output.last_hidden_state, labels)
+        logits, token_loss = _predict_tokens(self.mlm_head, output.last_hidden_state, labels)
         sentence_logits = self.next_sentence_head(output.pooler_output)
         sentence_loss = None if next_sentence_label is None else _loss_sum(sentence_logits, next_sentence_label)
         return SpikeLMPreTrainingOutput(
@@ -257,8 +300,59 @@ class SpikeLMForPreTraining(SpikeLMForMaskedLM):
         )
 
 
+class SpikeLMForCausalLM(SpikeLMPreTrainedModel):
+    """The decoder with a linear head for the next token, tied to the word embeddings or not, as the config says."""
+
+    accepts_loss_kwargs = True
+    _needs_causal = True
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__(config)
+        self.model = SpikeLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SpikeLMCausalLMOutput:
+        """Inputs as in SpikeLMModel; labels [B, L]: the input_ids, with -100 where a token does not count as a target.
+
+        Labels are shifted here: the first of a row never counts. That of a document packed behind another counts
+        unless it is -100, as in transformers: what comes before it tells nothing about it.
+        num_items_in_batch: counted tokens of the whole step, to divide the loss by instead of this batch's own.
+        """
+        output = self.model(input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        logits, loss_sum = _predict_tokens(self.lm_head, output.last_hidden_state, targets)
+        return SpikeLMCausalLMOutput(
+            loss=_token_loss(loss_sum, targets, num_items_in_batch),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            causal_lm_loss_sum=loss_sum,
+            causal_lm_count=None if targets is None else (targets != IGNORED_LABEL).sum(),
+            spike_stats=output.spike_stats,
+        )
+
+
 class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
     """The encoder with a linear head on the pooled [CLS], as BERT has it: classes, several labels, or regression."""
+
+    _needs_causal = False
 
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__(config)
@@ -294,6 +388,24 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
         )
 
 
+def _predict_tokens(head: nn.Module, hidden_BLD: Tensor, targets_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Logits of the counted positions [N, V] and their summed loss; of all positions where no targets are given."""
+    if targets_BL is None:
+        return head(hidden_BLD), None
+    counted_BL = targets_BL != IGNORED_LABEL
+    logits_NV = head(hidden_BLD[counted_BL])
+    return logits_NV, _loss_sum(logits_NV, targets_BL[counted_BL])
+
+
+def _token_loss(
+    loss_sum: Tensor | None, targets: Tensor | None, num_items_in_batch: Tensor | int | None
+) -> Tensor | None:
+    """The mean over counted targets of the whole step, where their number is given, or of this batch."""
+    if loss_sum is not None and num_items_in_batch is not None:
+        return loss_sum / num_items_in_batch
+    return _mean_loss([(loss_sum, targets)])
+
+
 def _loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats, summed in fp32 over the counted labels; 0 (with a gradient path) where none counts."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
@@ -309,6 +421,7 @@ def _mean_loss(terms: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | Non
 
 AUTO_CLASSES: dict[str, type[SpikeLMPreTrainedModel]] = {
     "AutoModel": SpikeLMModel,
+    "AutoModelForCausalLM": SpikeLMForCausalLM,
     "AutoModelForMaskedLM": SpikeLMForMaskedLM,
     "AutoModelForPreTraining": SpikeLMForPreTraining,
     "AutoModelForSequenceClassification": SpikeLMForSequenceClassification,
@@ -319,6 +432,7 @@ register_auto_classes(SpikeLMConfig, AUTO_CLASSES)
 
 __all__ = [
     "SpikeBlock",
+    "SpikeLMForCausalLM",
     "SpikeLMForMaskedLM",
     "SpikeLMForPreTraining",
     "SpikeLMForSequenceClassification",

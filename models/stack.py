@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .amplitudes import STATISTICS
 from .config import SpikeLMConfig
-from .layers import SpikeBlock, block_sites
+from .layers import AttentionSpec, MLPSpec, NormSpec, SpikeBlock, block_sites, build_norm
+from .positions import Rotary, causal_mask, count_positions, document_ids, rotary_angles
 
 
 class PositionEmbeddings(nn.Embedding):
@@ -21,7 +22,7 @@ class PositionEmbeddings(nn.Embedding):
 
 
 class SpikeEmbeddings(nn.Module):
-    """Sum of word, position and token-type embeddings, normalised: computed once for all timesteps."""
+    """Sum of word, position and token-type embeddings, normalised, as encoders have them."""
 
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__()
@@ -55,14 +56,31 @@ class SpikeEmbeddings(nn.Module):
         return self.dropout(self.norm(words + types + self.position_embeddings(position_ids_BL)))
 
 
-def sinusoids(num_positions: int, width: int) -> Tensor:
-    """Sines and cosines of the position [num_positions, width], as positions to start from (Vaswani et al. 2017, 3.5).
+class WordEmbeddings(nn.Module):
+    """The words alone, as decoders with rotary positions have them."""
 
-    Wavelengths grow from 2 pi to about 2 pi num_positions, so that the slowest wave spans the table and none is wasted.
-    """
-    frequency = num_positions ** (-torch.arange(0, width, 2) / width)
-    angle = torch.arange(num_positions)[:, None] * frequency
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :width]
+    def __init__(self, config: SpikeLMConfig) -> None:
+        super().__init__()
+        # Padding has an ordinary row: nothing sees it, and many decoders pad with a token that they also use.
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids_BL: Tensor | None,
+        token_type_ids_BL: Tensor | None = None,
+        position_ids_BL: Tensor | None = None,
+        inputs_embeds_BLD: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings [B, L, D]; positions are the layers' business. Raises ValueError for segments."""
+        if token_type_ids_BL is not None:
+            raise ValueError("token_type_ids: this model has no segments; leave them out")
+        return self.dropout(self.word_embeddings(input_ids_BL) if inputs_embeds_BLD is None else inputs_embeds_BLD)
+
+
+def build_embeddings(config: SpikeLMConfig) -> SpikeEmbeddings | WordEmbeddings:
+    """What stands before the stack in the configuration's family."""
+    return (SpikeEmbeddings if config.traits.positions == "learned" else WordEmbeddings)(config)
 
 
 def expand_time(x_BLD: Tensor, num_timesteps: int) -> Tensor:
@@ -75,6 +93,27 @@ def collapse_time(x_TBLD: Tensor) -> Tensor:
     return x_TBLD.mean(0)
 
 
+def norm_spec(config: SpikeLMConfig) -> NormSpec:
+    """The configuration's norms."""
+    traits = config.traits
+    eps = config.layer_norm_eps if traits.norm == "layer" else config.rms_norm_eps
+    return NormSpec(traits.norm, eps, first=traits.norm_first)
+
+
+def build_block(config: SpikeLMConfig) -> SpikeBlock:
+    """One layer of the configuration's shape and family."""
+    traits, heads = config.traits, config.num_attention_heads
+    attention = AttentionSpec(
+        num_heads=heads,
+        num_key_value_heads=config.num_key_value_heads or heads,
+        causal=traits.causal,
+        bias=traits.bias,
+        dropout=config.attention_probs_dropout_prob,
+    )
+    mlp = MLPSpec(config.intermediate_size, config.hidden_act, gated=traits.gated_mlp, bias=traits.bias)
+    return SpikeBlock(config.hidden_size, config.neuron, norm_spec(config), attention, mlp, config.hidden_dropout_prob)
+
+
 class SpikeStack(nn.Module):
     """Spiking blocks one after another, and the amplitude table that they share.
 
@@ -85,7 +124,10 @@ class SpikeStack(nn.Module):
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList([SpikeBlock(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([build_block(config) for _ in range(config.num_hidden_layers)])
+        # Layers whose norms come first leave the sum of their residuals as it is.
+        norm = norm_spec(config)
+        self.norm = build_norm(norm, config.hidden_size) if norm.first else nn.Identity()
         self.site_names = [
             f"layer{index}.{site}" for index in range(config.num_hidden_layers) for site in block_sites(config.neuron)
         ]
@@ -114,19 +156,21 @@ class SpikeStack(nn.Module):
         attention_mask_BL: Tensor | None = None,
         calibrate: bool = False,
         observe: Callable[[Tensor], None] | None = None,
+        position_ids_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs T timesteps: returns the mean last hidden state [B, L, D] and the sums of SpikeStats [S, T, 5].
 
         `observe` is shown the hidden states behind each layer, as their mean over timesteps [B, L, D].
+        `position_ids_BL` are for decoders: what they rotate by, and how they tell the documents of a row apart.
         """
         amplitudes = torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes()
         visible_BL = None if attention_mask_BL is None else attention_mask_BL.to(torch.bool)
-        mask_B11L = None if visible_BL is None else visible_BL[:, None, None, :]
+        mask, rotary = self._mask_and_rotary(x_BLD, visible_BL, position_ids_BL)
         counted_BL = None if self.config.neuron.count_padding else visible_BL
         x_TBLD = expand_time(x_BLD, self.config.num_timesteps)
         sums = []
         for layer, rows in zip(self.layers, self._rows(amplitudes), strict=True):
-            x_TBLD, layer_sums = layer(x_TBLD, rows, mask_B11L, counted_BL, calibrate)
+            x_TBLD, layer_sums = layer(x_TBLD, rows, mask, counted_BL, calibrate, rotary)
             sums.append(layer_sums)
             if observe:
                 observe(collapse_time(x_TBLD))
@@ -134,7 +178,25 @@ class SpikeStack(nn.Module):
             self.amplitudes.copy_(amplitudes)
             self.calibrated.fill_(True)
         none = torch.zeros(0, self.config.num_timesteps, len(STATISTICS), dtype=torch.float64, device=x_BLD.device)
-        return collapse_time(x_TBLD), torch.cat([none, *sums])
+        return self.norm(collapse_time(x_TBLD)), torch.cat([none, *sums])
+
+    def _mask_and_rotary(
+        self, x_BLD: Tensor, visible_BL: Tensor | None, position_ids_BL: Tensor | None
+    ) -> tuple[Tensor | None, Rotary | None]:
+        """As SpikeBlock takes them. Made once: every layer keeps its mask for the backward, all the same one."""
+        (B, L, _), traits, rotary = x_BLD.shape, self.config.traits, None
+        if not traits.causal:
+            mask = None if visible_BL is None else visible_BL[:, None, None, :]
+        elif visible_BL is None and position_ids_BL is None:
+            mask = None  # every row is one document: sdpa's own causal mask, which needs no memory
+        else:
+            position_ids_BL = count_positions(visible_BL) if position_ids_BL is None else position_ids_BL.expand(B, L)
+            mask = causal_mask(document_ids(position_ids_BL, visible_BL), x_BLD.dtype)
+        if traits.positions == "rotary":
+            if position_ids_BL is None:
+                position_ids_BL = torch.arange(L, device=x_BLD.device).expand(B, L)
+            rotary = rotary_angles(self.config, position_ids_BL)
+        return None if mask is None else mask.repeat(self.config.num_timesteps, 1, 1, 1), rotary
 
     def _rows(self, amplitudes: Tensor) -> list[Tensor]:
         return list(amplitudes.view(len(self.layers), -1, self.config.num_timesteps)) if len(self.layers) else []

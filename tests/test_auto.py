@@ -13,6 +13,7 @@ from models.auto import auto_class_name, register_auto_classes
 from models.config import SpikeLMConfig
 from models.modeling import (
     AUTO_CLASSES,
+    SpikeLMForCausalLM,
     SpikeLMForMaskedLM,
     SpikeLMForPreTraining,
     SpikeLMForSequenceClassification,
@@ -20,30 +21,37 @@ from models.modeling import (
 )
 
 COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
-each_auto_class = pytest.mark.parametrize(("name", "model_class"), AUTO_CLASSES.items(), ids=AUTO_CLASSES.keys())
+CASES = [(*each, "llama" if each[1] is SpikeLMForCausalLM else "bert") for each in AUTO_CLASSES.items()]
+each_auto_class = pytest.mark.parametrize(
+    ("name", "model_class", "family"),
+    [*CASES, ("AutoModel", SpikeLMModel, "llama")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 
 
-def inputs():
-    return {name: tensor for name, tensor in make_batch().items() if name in COLUMNS}
+def inputs(family="bert"):
+    """Decoders have no segments."""
+    columns = COLUMNS if family == "bert" else COLUMNS[:2]
+    return {name: tensor for name, tensor in make_batch().items() if name in columns}
 
 
-def ready(model_class=SpikeLMForSequenceClassification, **overrides):
-    model = make_model(model_class=model_class, **overrides)
-    calibrate_amplitudes(model, inputs())
+def ready(model_class=SpikeLMForSequenceClassification, family="bert", **overrides):
+    model = make_model(model_class=model_class, family=family, **overrides)
+    calibrate_amplitudes(model, inputs(family))
     return model.eval()
 
 
 @each_auto_class
-def test_an_auto_class_makes_saves_and_opens_our_model(tmp_path, name, model_class):
+def test_an_auto_class_makes_saves_and_opens_our_model(tmp_path, name, model_class, family):
     auto_class = getattr(transformers, name)
-    model = auto_class.from_config(SpikeLMConfig(**CONFIG))
+    model = auto_class.from_config(SpikeLMConfig(**CONFIG, family=family))
     assert type(model) is model_class and auto_class_name(model, AUTO_CLASSES) == name
-    model = ready(model_class)
+    model = ready(model_class, family)
     model.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is SpikeLMConfig
     loaded = auto_class.from_pretrained(tmp_path)
     assert type(loaded) is model_class
-    ours, theirs = model(**inputs()).to_tuple(), loaded(**inputs()).to_tuple()
+    ours, theirs = model(**inputs(family)).to_tuple(), loaded(**inputs(family)).to_tuple()
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -56,8 +64,8 @@ def test_registering_again_changes_nothing_and_a_copy_of_the_code_registers_noth
 
 @each_auto_class
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_any_dtype_is_kept_and_the_amplitudes_are_exact(tmp_path, name, model_class, dtype):
-    model = ready(model_class)
+def test_any_dtype_is_kept_and_the_amplitudes_are_exact(tmp_path, name, model_class, family, dtype):
+    model = ready(model_class, family)
     base = getattr(model, "model", model)
     exact = base.stack.amplitudes.clone()
     assert not torch.equal(exact, exact.to(torch.bfloat16).float())
@@ -112,43 +120,47 @@ def test_a_pretrained_encoder_gets_a_new_head_of_the_width_asked_for(tmp_path):
 
 
 @each_auto_class
-def test_an_argument_that_no_model_knows_is_an_error(name, model_class):
-    batch = inputs()
+def test_an_argument_that_no_model_knows_is_an_error(name, model_class, family):
+    batch = inputs(family)
     with pytest.raises(TypeError, match="unexpected keyword argument 'attention_masks'"):
-        ready(model_class)(batch["input_ids"], attention_masks=batch["attention_mask"])
+        ready(model_class, family)(batch["input_ids"], attention_masks=batch["attention_mask"])
 
 
 @each_auto_class
-def test_hidden_states_are_means_over_time_of_each_layer(name, model_class):
-    model = ready(model_class)
-    states = model(**inputs(), output_hidden_states=True).hidden_states
+def test_hidden_states_are_means_over_time_of_each_layer(name, model_class, family):
+    model, batch = ready(model_class, family), inputs(family)
+    states = model(**batch, output_hidden_states=True).hidden_states
     base = getattr(model, "model", model)
     assert len(states) == CONFIG["num_hidden_layers"] + 1
-    assert torch.equal(states[0], base.embeddings(inputs()["input_ids"], inputs()["token_type_ids"]))
-    assert torch.equal(states[-1], base(**inputs()).last_hidden_state)
+    assert torch.equal(states[0], base.embeddings(batch["input_ids"], batch.get("token_type_ids")))
+    assert torch.equal(states[-1], base(**batch).last_hidden_state)
     assert not torch.equal(states[1], states[2]) and states[1].shape == states[0].shape
-    assert model(**inputs()).hidden_states is None
+    assert model(**batch).hidden_states is None
     model.config.output_hidden_states = True
-    assert len(model(**inputs()).hidden_states) == 3
-    assert model(**inputs(), output_hidden_states=False).hidden_states is None
+    assert len(model(**batch).hidden_states) == 3
+    assert model(**batch, output_hidden_states=False).hidden_states is None
 
 
 @each_auto_class
-def test_attention_weights_are_refused(name, model_class):
+def test_attention_weights_are_refused(name, model_class, family):
     with pytest.raises(ValueError, match="output_attentions is True: SpikeLM never forms attention weights"):
-        ready(model_class)(**inputs(), output_attentions=True)
-    ready(model_class)(**inputs(), output_attentions=False)
+        ready(model_class, family)(**inputs(family), output_attentions=True)
+    ready(model_class, family)(**inputs(family), output_attentions=False)
 
 
 @each_auto_class
-def test_fields_and_columns_are_those_of_transformers(name, model_class):
-    output = ready(model_class)(**inputs())
-    standard = {"AutoModel": ["last_hidden_state", "pooler_output"]}.get(name, ["logits"])
+def test_fields_and_columns_are_those_of_transformers(name, model_class, family):
+    output = ready(model_class, family)(**inputs(family))
+    pooled = ["pooler_output"] if family == "bert" else []
+    standard = {"AutoModel": ["last_hidden_state", *pooled]}.get(name, ["logits"])
     assert list(output)[: len(standard)] == standard
     # transformers' Trainer drops the columns of a data set that the signature does not name.
     named = list(inspect.signature(model_class.forward).parameters)
-    assert named[1:6] == ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"]
-    assert ready(model_class)(*inputs().values())[0].equal(output[0])
+    columns = ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"]
+    if model_class is SpikeLMForCausalLM:
+        columns.remove("token_type_ids")
+    assert named[1 : len(columns) + 1] == columns
+    assert ready(model_class, family)(*inputs(family).values())[0].equal(output[0])
 
 
 def test_a_masked_lm_loss_can_be_divided_by_the_count_of_the_whole_step():
@@ -162,17 +174,23 @@ def test_a_masked_lm_loss_can_be_divided_by_the_count_of_the_whole_step():
             ready(model_class)(**inputs(), num_items_in_batch=40)
 
 
-@pytest.mark.parametrize("model_class", [SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification])
+@pytest.mark.parametrize(
+    "model_class", [SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification, SpikeLMForCausalLM]
+)
 def test_transformers_trainer_sees_the_mean_over_the_whole_step(tmp_path, model_class):
-    batch = make_batch()
+    batch, family = make_batch(), "bert"
     if model_class is not SpikeLMForPreTraining:
         del batch["next_sentence_label"]
     if model_class is SpikeLMForSequenceClassification:
         batch["labels"] = torch.tensor([0, 1, 1])
+    elif model_class is SpikeLMForCausalLM:
+        family = "llama"
+        del batch["token_type_ids"]
+        batch["labels"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)  # 9 and 6 count
     else:
         batch["labels"][:] = torch.where(torch.arange(10) < 3, batch["input_ids"], -100)  # as many in every row
     rows = [{name: tensor[row] for name, tensor in batch.items()} for row in (0, 1)]
-    model = ready(model_class)
+    model = ready(model_class, family)
     expected = model(**{name: tensor[:2] for name, tensor in batch.items()}).loss.item()
     arguments = TrainingArguments(
         str(tmp_path),

@@ -73,6 +73,34 @@ def test_heads_must_divide_the_width():
         ({"vocab_size": 10, "pad_token_id": 10}, "pad_token_id is 10: vocab_size 10 has no such token"),
         ({"pad_token_id": -1}, "pad_token_id is -1: vocab_size 30522 has no such token"),
         ({"position_init": "rotary", "hidden_act": "x"}, "hidden_act is 'x'.*; position_init is 'rotary': use normal"),
+        ({"family": "gpt"}, "family is 'gpt': use one of bert, llama"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4, but family bert has none: leave it out"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters is {'rope_theta': 5.0}, but family bert has none"),
+        (
+            {"family": "llama", "type_vocab_size": 2, "mlm_head_act": "gelu"},
+            "mlm_head_act is 'gelu', but family llama has none.*; type_vocab_size is 2, but family llama has none",
+        ),
+        (
+            {"family": "llama", "num_key_value_heads": 5},
+            "num_attention_heads 12 is no multiple of num_key_value_heads 5: change one",
+        ),
+        ({"family": "llama", "num_key_value_heads": 0}, "num_key_value_heads is 0: at least 1 is needed"),
+        (
+            {"family": "llama", "hidden_size": 36},
+            "hidden_size 36 gives 12 heads the odd width 3, but rotary positions turn pairs",
+        ),
+        (
+            {"family": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_parameters.rope_type is 'dynamic': use one of default, linear, llama3, yarn",
+        ),
+        (
+            {"family": "llama", "rope_parameters": {"rope_type": "linear"}},
+            "rope_parameters is {'rope_type': 'linear', .*: Missing required keys .*'factor'",
+        ),
+        (
+            {"family": "llama", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor is 0.5: whole heads are rotated, leave it out",
+        ),
     ],
 )
 def test_a_model_that_cannot_work_is_refused_by_name_and_value(settings, message):
@@ -92,6 +120,32 @@ def test_a_configuration_comes_back_from_disk(tmp_path):
     assert loaded.to_dict() == config.to_dict()
     assert loaded.neuron == NeuronConfig(kind="lif", num_timesteps=2, leak=0.5)
     assert (loaded.mlm_head_act, loaded.num_timesteps) == ("relu", 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoders_configuration_comes_back_from_disk(tmp_path, tied):
+    rope = {"rope_type": "linear", "factor": 2.0}
+    settings = {"num_key_value_heads": 3, "rope_parameters": rope, "tie_word_embeddings": tied, "pad_token_id": None}
+    config = SpikeLMConfig(family="llama", **settings)
+    config.save_pretrained(tmp_path)
+    loaded = SpikeLMConfig.from_pretrained(tmp_path)
+    assert loaded.to_json_string() == config.to_json_string()
+    assert (loaded.num_key_value_heads, loaded.tie_word_embeddings, loaded.pad_token_id) == (3, tied, None)
+    assert loaded.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    assert rope == {"rope_type": "linear", "factor": 2.0}  # what was given is not written to
+
+
+def test_the_family_fills_in_what_it_has():
+    encoder, decoder = SpikeLMConfig(), SpikeLMConfig(family="llama")
+    assert (encoder.hidden_act, encoder.hidden_dropout_prob, encoder.type_vocab_size) == ("gelu", 0.1, 2)
+    assert (encoder.num_key_value_heads, encoder.rope_parameters, encoder.rms_norm_eps) == (None, None, None)
+    assert (decoder.hidden_act, decoder.hidden_dropout_prob, decoder.type_vocab_size) == ("silu", 0.0, None)
+    assert (decoder.num_key_value_heads, decoder.rms_norm_eps, decoder.layer_norm_eps) == (12, 1e-6, None)
+    assert decoder.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert (
+        SpikeLMConfig(family="llama", rope_theta=500.0).rope_parameters["rope_theta"] == 500.0
+    )  # as older files have it
+    assert not encoder.traits.causal and decoder.traits.causal
 
 
 def test_the_neuron_may_be_given_as_object_dict_or_not_at_all():

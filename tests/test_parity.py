@@ -72,7 +72,7 @@ def golden_layer(request):
 def _run_layer(archive, model, calibrate):
     amplitudes = torch.full_like(model.stack.amplitudes, float("nan")) if calibrate else model.stack.amplitudes.clone()
     x = torch.tensor(archive["x"], requires_grad=True)
-    mask = torch.tensor(archive["attention_mask"]).bool()[:, None, None, :]
+    mask = torch.tensor(archive["attention_mask"]).bool()[:, None, None, :].repeat(len(x), 1, 1, 1)
     y, _ = model.stack.layers[0](x, amplitudes, mask, calibrate=calibrate)
     return x, y, amplitudes
 
