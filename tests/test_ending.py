@@ -283,6 +283,11 @@ class TestExitCode:
         leave_code(3)
         assert not list(job.iterdir())
 
+    def test_the_script_may_have_gone_with_its_folder(self, job, monkeypatch):
+        monkeypatch.setenv(ending.JOB_FOLDER, str(job / "none"))
+        leave_code(3)
+        assert not list(job.iterdir())
+
     def test_a_process_that_leaves_writes_its_code_and_what_it_has_printed(self, job):
         assert exit_code(print_and_leave, job, job / "output.txt") == 75
         assert (job / "exit_code").read_text() == "75\n"

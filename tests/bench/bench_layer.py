@@ -20,6 +20,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 from models import amplitudes
 from models.config import SpikeLMConfig, preset
 from models.layers import SITES, SpikeBlock
+from models.stack import build_block
 from tests.bench.tables import cpu_seconds, format_table, machine, median_and_spread
 
 ORDINARY_T = "ordinary, T times the batch"
@@ -96,7 +97,7 @@ class _Saved:
 
 def _spiking_layer(config: SpikeLMConfig, x_TBLD: Tensor) -> tuple[SpikeBlock, Tensor]:
     """A layer, and its amplitudes calibrated on x."""
-    layer = SpikeBlock(config)
+    layer = build_block(config)
     alphas = torch.full((len(SITES), config.num_timesteps), float("nan"))
     with torch.no_grad():
         layer.eval()(x_TBLD, alphas, calibrate=True)

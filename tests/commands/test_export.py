@@ -145,7 +145,7 @@ def test_the_weights_are_those_that_deepspeed_has_trained(exports, runs):
 
 def test_a_folder_is_complete_and_describes_itself(exports, runs):
     folder = exports / "zero3"
-    code = {f"{name}.py" for name in ("auto", "amplitudes", "config", "layers", "modeling", "neuron", "stack")}
+    code = {f"{name}.py" for name in ("auto", "amplitudes", "config", "layers", "modeling", "neuron", "positions", "stack")}
     assert {path.name for path in folder.iterdir()} == code | {
         "README.md",
         "config.json",
@@ -244,12 +244,13 @@ def test_moved_shards_are_named_and_others_refused(runs, tiny_shards, tmp_path, 
 
 def test_an_incomplete_checkpoint_is_refused(tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path / "export")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no complete checkpoint")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no intact checkpoint")
 
 
 def _rewrite(checkpoint, state):
     """Change a checkpoint's train_state.json as if it had been saved so."""
     (checkpoint / "train_state.json").write_text(json.dumps(state))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["train_state.json"] = (checkpoint / "train_state.json").stat().st_size
+    path = checkpoint / "train_state.json"
+    manifest["files"]["train_state.json"] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
