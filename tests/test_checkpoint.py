@@ -114,9 +114,7 @@ class FullDisk(Engine):
 
 def test_a_save_that_fails_leaves_what_there_was(checkpointer, run):
     kept = checkpointer.save(Engine(), _state(run, 1))
-    with pytest.raises(
-        CheckpointError, match=r"0002 cannot be written; [\d,]+ MB are free.*\(Pytorch.*failed\)$"
-    ):
+    with pytest.raises(CheckpointError, match=r"0002 cannot be written; [\d,]+ MB are free.*\(Pytorch.*failed\)$"):
         checkpointer.save(FullDisk(), _state(run, 2))
     assert sorted(path.name for path in checkpointer.folder.iterdir()) == ["latest", "step00000001"]
     assert checkpointer.newest() == kept
