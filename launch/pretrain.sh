@@ -7,62 +7,67 @@
 # SIGTERM or Ctrl-C: a checkpoint after the step under way, then exit code 75; a second one kills. The other exit codes are those
 # of pipeline/ending.py, whatever the launcher makes of them.
 set -euo pipefail
-[ -z "${NODE_RANK:-}" ] || MASTER_PORT=${MASTER_PORT:-29500}  # alike on all machines
-. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-cd "$root"
-if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
-    [ -f "$1" ] || { echo "error: no recipe $1 in $root: launch/recipes has some" >&2; exit 2; }
-    set -- --recipe "$@"
-fi
 
-# What this script and its processes tell each other: `stop` and `exit_code`. Under runs/, which all machines see.
-export SPIKELM_JOB=$root/runs/.job-$HOSTNAME-$$
-for left in "$root/runs/.job-$HOSTNAME-"*; do # by scripts that were killed
-    kill -0 "${left##*-}" 2>/dev/null || rm -rf "$left"
-done
-mkdir -p "$SPIKELM_JOB"
-trap 'rm -rf "$SPIKELM_JOB"' EXIT
+main() { # read whole before anything begins: the file may change under a run of days
+    [ -z "${NODE_RANK:-}" ] || MASTER_PORT=${MASTER_PORT:-29500}  # alike on all machines
+    . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+    cd "$root"
+    if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
+        [ -f "$1" ] || { echo "error: no recipe $1 in $root: launch/recipes has some" >&2; exit 2; }
+        set -- --recipe "$@"
+    fi
 
-launcher=(deepspeed --log_level warning --master_port "$MASTER_PORT")
-if [ "${LAUNCHER:-deepspeed}" = mpirun ]; then
-    [ "$(id -u)" -ne 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    launcher=(mpirun -n "$PROCESSES" --oversubscribe --bind-to none python)
-elif [ -z "${HOSTFILE:-}" ]; then
-    launcher+=(--num_gpus "$PROCESSES")
-elif [ -n "${NODE_RANK:-}" ]; then
-    launcher+=(--hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
-else
-    launcher+=(--hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"})
-    export DS_ENV_FILE=$SPIKELM_JOB/environment
-    launch/deepspeed_env.sh "$DS_ENV_FILE"
-fi
+    # What this script and its processes tell each other: `stop` and `exit_code`. Under runs/, which all machines see.
+    export SPIKELM_JOB=$root/runs/.job-$HOSTNAME-$$
+    for left in "$root/runs/.job-$HOSTNAME-"*; do # by scripts that were killed
+        kill -0 "${left##*-}" 2>/dev/null || rm -rf "$left"
+    done
+    mkdir -p "$SPIKELM_JOB"
+    trap 'rm -rf "$SPIKELM_JOB"' EXIT
 
-# In a session of its own: signals reach this script alone, which passes them on as a request.
-setsid "${launcher[@]}" pipeline/pretrain.py "$@" &
-session=$!
-stop() {
-    [ ! -e "$SPIKELM_JOB/stop" ] || pkill -KILL -s "$session" || true
+    launcher=(deepspeed --log_level warning --master_port "$MASTER_PORT")
+    if [ "${LAUNCHER:-deepspeed}" = mpirun ]; then
+        [ "$(id -u)" -ne 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+        launcher=(mpirun -n "$PROCESSES" --oversubscribe --bind-to none python)
+    elif [ -z "${HOSTFILE:-}" ]; then
+        launcher+=(--num_gpus "$PROCESSES")
+    elif [ -n "${NODE_RANK:-}" ]; then
+        launcher+=(--hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+    else
+        launcher+=(--hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"})
+        export DS_ENV_FILE=$SPIKELM_JOB/environment
+        launch/deepspeed_env.sh "$DS_ENV_FILE"
+    fi
+
+    # In a session of its own: signals reach this script alone, which passes them on as a request.
+    setsid "${launcher[@]}" pipeline/pretrain.py "$@" &
+    session=$!
+    stop() {
+        [ ! -e "$SPIKELM_JOB/stop" ] || pkill -KILL -s "$session" || true
+        touch "$SPIKELM_JOB/stop"
+    }
+    trap stop INT TERM
+    code=0
+    while kill -0 "$session" 2>/dev/null; do
+        wait "$session" && code=0 || code=$?
+    done
+    # A launcher that was killed leaves processes behind: tell them, wait for their end here, and for word of the others.
     touch "$SPIKELM_JOB/stop"
-}
-trap stop INT TERM
-code=0
-while kill -0 "$session" 2>/dev/null; do
-    wait "$session" && code=0 || code=$?
-done
-# A launcher that was killed leaves processes behind: tell them, and wait for their end here, and for their word from elsewhere.
-touch "$SPIKELM_JOB/stop"
-is_over() {
-    if pkill -0 -s "$session"; then return 1; fi
-    [ -f "$SPIKELM_JOB/exit_code" ] || [ -z "${HOSTFILE:-}" ] || { [ "$code" -gt 0 ] && [ "$code" -lt 128 ]; }
-}
-for _ in $(seq 60); do
-    is_over && break
-    sleep 1
-done
-pkill -KILL -s "$session" || true
+    is_over() {
+        if pkill -0 -s "$session"; then return 1; fi
+        [ -f "$SPIKELM_JOB/exit_code" ] || [ -z "${HOSTFILE:-}" ] || { [ "$code" -gt 0 ] && [ "$code" -lt 128 ]; }
+    }
+    for _ in $(seq 60); do
+        is_over && break
+        sleep 1
+    done
+    pkill -KILL -s "$session" || true
 
-if [ -f "$SPIKELM_JOB/exit_code" ]; then
-    exit "$(<"$SPIKELM_JOB/exit_code")"
-fi
-[ "$code" -ne 0 ] || echo "error: the launcher ended before its processes said how: it was killed" >&2
-exit $((code == 0 ? 1 : code))
+    if [ -f "$SPIKELM_JOB/exit_code" ]; then
+        exit "$(<"$SPIKELM_JOB/exit_code")"
+    fi
+    [ "$code" -ne 0 ] || echo "error: the launcher ended before its processes said how: it was killed" >&2
+    exit $((code == 0 ? 1 : code))
+}
+
+main "$@"; exit
