@@ -18,7 +18,7 @@ CONTEXT.set_forkserver_preload(["tests.ranks"])  # torch takes seconds to import
 LONG = timedelta(minutes=5)
 """A time limit that no test comes to."""
 
-SHORT = timedelta(seconds=3)
+SHORT = timedelta(seconds=4)
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def _run_rank(worker, rank, variables, limit, folder, arguments):
     os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     # On one machine, none of which is slow to answer, a test need not take as much time as a run may.
-    ending.POLL_SECONDS, ending.ANSWER_SECONDS, ending.PATIENCE_SECONDS = 0.1, 1.5, 3.0
+    ending.POLL_SECONDS, ending.ANSWER_SECONDS, ending.PATIENCE_SECONDS = 0.1, 2.0, 4.0
     try:
         worker(join_world(Place.from_environment(), torch.device("cpu"), "gloo", limit), *arguments)
         leave_world()

@@ -79,7 +79,7 @@ def test_groups_made_later_wait_as_long(tmp_path):
 def test_a_rank_that_never_comes_is_named_by_rank_0(tmp_path):
     codes, output = run(tmp_path, tells_its_place, 3, absent=[2], limit=SHORT)
     assert codes == [ending.PROCESS_LOST] * 2
-    assert output.startswith("error: of 3 ranks 2 did not come within 0.05 minutes (engine.timeout_minutes): ")
+    assert output.startswith("error: of 3 ranks 2 did not come within 0.0666667 minutes (engine.timeout_minutes): ")
     assert output.count("\n") == 1
 
 
@@ -87,7 +87,7 @@ def test_without_rank_0_the_others_name_its_address(tmp_path):
     port = free_port()
     codes, output = run(tmp_path, tells_its_place, 3, absent=[0], limit=SHORT, MASTER_PORT=str(port))
     assert codes == [ending.PROCESS_LOST] * 2
-    assert output.count(f"error: rank 0 does not answer at 127.0.0.1:{port} after 0.05 minutes") == 1
+    assert output.count(f"error: rank 0 does not answer at 127.0.0.1:{port} after 0.0666667 minutes") == 1
 
 
 def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):

@@ -78,6 +78,11 @@ class Watch:
         self._log = log
         self._found = _steps(run)
 
+    def saved(self):
+        """The step that `latest` names; 0 where there is none."""
+        path = self.run / "checkpoints" / LATEST
+        return int(path.read_text().removeprefix("step")) if path.exists() else 0
+
     def start(self):
         """The step that the job says it starts from; None while it says nothing."""
         found = START.search(self._log.read_text(errors="replace"))
@@ -92,7 +97,7 @@ class Watch:
                 return "saving"
         except FileNotFoundError:  # removed between two looks, as a save does at its beginning and its end
             return "saving"
-        if (self.run / DONE).exists() or _latest(self.run) == self.config.training.total_steps:
+        if (self.run / DONE).exists() or self.saved() == self.config.training.total_steps:
             return "finishing"
         return "evaluating" if self._is_evaluating() else "stepping"
 
@@ -110,7 +115,7 @@ class Watch:
         """
         ours = {step for step, changed in _steps(self.run).items() if self._found.get(step) != changed}
         sealed = _sealed(self.run)
-        return bool(ours - sealed) or bool(ours) and max(ours) == max(sealed) != _latest(self.run)
+        return bool(ours - sealed) or bool(ours) and max(ours) == max(sealed) != self.saved()
 
     def _is_evaluating(self):
         """Whether the held-out losses are all that is missing between the last line and the save."""
@@ -282,12 +287,6 @@ def _steps(run):
 def _sealed(run):
     """The steps of the checkpoints that count."""
     return {int(path.parent.name.removeprefix("step")) for path in run.glob(f"checkpoints/step*/{MANIFEST}")}
-
-
-def _latest(run):
-    """The step that `latest` names."""
-    path = run / "checkpoints" / LATEST
-    return int(path.read_text().removeprefix("step")) if path.exists() else None
 
 
 def _by_deepspeed(arguments, port):

@@ -140,6 +140,6 @@ def test_the_table(outcomes, capsys):
                 print(f"{name:<48}{'':>18}  not brought about: {future.exception()}")
                 continue
             outcome = future.result()
-            message = next(iter(outcome.messages(FAULTS[name].begins)), "none").partition("\n")[0]
-            message = message.replace(f"{outcome.folder}/", "")
-            print(f"{name:<48}{outcome.exit_code:>9}{outcome.seconds:>9.0f}  {message}")
+            message = next(iter(outcome.messages(FAULTS[name].begins)), "none").replace(str(outcome.folder), "...")
+            first_line = message.replace(":\n  ", ": ").partition("\n")[0]
+            print(f"{name:<48}{outcome.exit_code:>9}{outcome.seconds:>9.0f}  {first_line}")
