@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 Record = TypeVar("Record")
 
 READ_BYTES = 1 << 22
+NAME_BYTES = 255  # of a file or folder, in every usual file system
 
 
 @contextmanager
@@ -32,6 +33,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         unfinished.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def is_path(name: str) -> bool:
+    """Whether there can be a file of this name. Where there can not, looking for it is an error of the system."""
+    return bool(name) and "\0" not in name and all(len(part.encode()) <= NAME_BYTES for part in name.split("/"))
 
 
 def sync_folder(folder: Path) -> None:
@@ -69,7 +75,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 

@@ -113,7 +113,11 @@ class Manifest:
     @classmethod
     def load_file(cls, path: Path) -> Self:
         """As `load`, from a file of any name."""
-        return read_record(cls, path, MANIFEST_VERSION)
+        manifest = read_record(cls, path, MANIFEST_VERSION)
+        row_length = manifest.origin.settings.get("row_length")
+        if type(row_length) is not int or row_length < 1:
+            raise ValueError(f"{path}: origin.settings.row_length is {row_length!r}, no length; {REMEDY}")
+        return manifest
 
     @property
     def row_length(self) -> int:

@@ -24,24 +24,32 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from data_prep.files import atomic_file
+from data_prep.files import atomic_file, is_path
 
 Settings = TypeVar("Settings")
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-FolderName = Annotated[str, Field(min_length=1)]  # Path("") would be the working folder
+
+
+def _folder_name(name: str) -> str:
+    if not is_path(name):
+        raise ValueError(f"{name!r} cannot name a folder: a part of it is too long, or it holds NUL: use another")
+    return name
+
+
+FolderName = Annotated[str, Field(min_length=1), AfterValidator(_folder_name)]  # Path("") would be the working folder
 
 strict = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 """Decorates the dataclass of a whole recipe, whose sections inherit it: unknown fields are faults, and so is nan."""
 
 
 class ConfigError(ValueError):
-    """A recipe that cannot be run; `faults` has one line each: the field, its value, what to do."""
+    """A recipe that cannot be run; `faults` has one line each, fit to be shown: the field, its value, what to do."""
 
     def __init__(self, faults: Iterable[str], source: str) -> None:
-        self.faults = list(faults)
+        self.faults = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in fault) for fault in faults]
         count = f"{len(self.faults)} fault{'s' if len(self.faults) > 1 else ''}"
         super().__init__("\n  ".join([f"{count} in {source}:", *self.faults]))
 
@@ -125,7 +133,8 @@ def load_settings(
     faults.extend(at_fault.values())
     for rule in rules:
         if not any(_overlap(name, other) for name in rule.fields for other in at_fault):
-            faults.extend(rule.faults(*(_value(tree, known[name]) for name in rule.fields)))
+            values = json.dumps([_value(tree, known[name]) for name in rule.fields], default=str)
+            faults.extend(rule.faults(*json.loads(values)))  # in the types that were checked
     if faults:
         raise ConfigError(faults, recipe or "the command line")
     return settings
@@ -147,7 +156,7 @@ def settings_from_dict(settings_type: type[Settings], tree: Mapping[str, Any]) -
 def save_settings(settings: Any, path: Path) -> None:
     """Write `settings` as a recipe that loads as equal; `path` holds the old or the new one whole, never a part."""
     with atomic_file(path) as file:
-        file.write(yaml.safe_dump(settings_to_dict(settings), sort_keys=False).encode())
+        file.write(yaml.dump(settings_to_dict(settings), Dumper=RecipeDumper, sort_keys=False).encode())
 
 
 def _help_text(settings_type: type, command: str) -> str:
@@ -229,7 +238,7 @@ def _read_yaml(path: Path, faults: list[str]) -> dict[str, Any] | None:
     try:
         loader = RecipeLoader(path.read_text(encoding="utf-8"))
         tree = loader.get_single_data()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         faults.append(f"recipe: {path} cannot be read: {reason}: name a recipe that exists")
     except yaml.YAMLError as error:
@@ -249,9 +258,22 @@ class RecipeLoader(yaml.SafeLoader):
         super().__init__(text)
         self.duplicates: list[str] = []
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def get_single_data(self) -> Any:
+        try:
+            return super().get_single_data()
+        except RecursionError:
+            raise yaml.YAMLError("it is nested too deeply") from None
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, LookupError, ValueError) as error:  # of a tag whose text is no value of its type
+            tag = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"no {tag}: {error}", node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name, line = str(key.value), key.start_mark.line + 1
             if name in seen:
                 self.duplicates.append(f"{name}: given in line {seen[name]} and again in line {line}: keep one of them")
@@ -265,7 +287,13 @@ RecipeLoader.add_implicit_resolver(
 RecipeLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
-def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes the text that RecipeLoader would take for something else."""
+
+    yaml_implicit_resolvers = RecipeLoader.yaml_implicit_resolvers
+
+
+def _assign(tree: dict[Any, Any], path: Sequence[Any], value: Any) -> None:
     for key in path[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
@@ -291,15 +319,43 @@ def _overlap(name: str, other: str) -> bool:
 def _validate(settings_type: type[Settings], tree: dict[str, Any]) -> tuple[Settings | None, dict[str, str]]:
     """The settings, or None, and the faults by dotted name."""
     known = known_fields(settings_type)
+    faults: dict[str, str] = {}
+    tree = _writable(tree, known, faults)
     for field in known.values():
         if field.is_section and "." not in field.name:
             tree.setdefault(field.name, {})  # so that its missing fields are named one by one
     try:
         # Strict JSON takes lists for tuples and mappings for dataclasses, yet no text for a number and no 1 for true.
-        return _adapter(settings_type).validate_json(json.dumps(tree, default=str), strict=True), {}
+        settings = _adapter(settings_type).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         details = {".".join(map(str, detail["loc"])): detail for detail in error.errors()}
-    return None, {name: _describe(name, detail, known) for name, detail in details.items()}
+        return None, {name: _describe(name, detail, known) for name, detail in details.items()} | faults
+    except OSError as error:  # of a type that looks for its file; what else is wrong is told when this is mended
+        name = next((name for name, value in tree.items() if str(error.filename) in str(value)), "recipe")
+        raise ConfigError([f"{name}: {error.filename}: {error.strerror}: name another"], "the settings") from None
+    return (None if faults else settings), faults
+
+
+def _writable(
+    tree: Mapping[Any, Any], known: Mapping[str, RecipeField], faults: dict[str, str], place: tuple[Any, ...] = ()
+) -> dict[Any, Any]:
+    """`tree` without the fields that no JSON can hold, by which it is checked: cycles, bytes that are no text."""
+    kept = {}
+    for key, value in tree.items():
+        path = (*place, key)
+        name = ".".join(map(str, path))
+        if isinstance(value, dict) and known.get(name, UNKNOWN).is_section:
+            kept[key] = _writable(value, known, faults, path)
+            continue
+        alone: dict[Any, Any] = {}
+        _assign(alone, path, value)
+        try:
+            _adapter(Any).validate_json(json.dumps(alone, default=str))
+            kept[key] = value
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            faults[name] = f"{name}: no JSON can hold its value: {reason}: write another"
+    return kept
 
 
 def _describe(name: str, detail: Mapping[str, Any], known: Iterable[str]) -> str:

@@ -8,13 +8,15 @@ Read by WebDataset, name the members to decode, `.decode(only=["ids.npy", ...])`
 import io
 import os
 import tarfile
+import tokenize
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import pydantic
 import xxhash
 
 from data_prep.files import atomic_file, hash_file, json_bytes, read_record
@@ -23,6 +25,8 @@ INDEX_VERSION = 1
 INDEX_NAME = "index.json"
 OPEN_SHARDS = 256  # descriptors a reader keeps: a process may have 1,024 by default, and training has two readers
 REMEDY = "copy the file again, or build the shards anew"
+
+Size = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]  # what offsets in a file are, and numbers of rows
 
 
 class CorruptShard(ValueError):
@@ -39,7 +43,7 @@ class Field:
 
     name: str
     dtype: Literal["uint8", "uint16", "uint32"]
-    width: int = 0
+    width: Size = 0
 
     @property
     def row_bytes(self) -> int:
@@ -69,10 +73,10 @@ class ShardRecord:
     """What the index knows of one tar: `rows` of each block, and in `offsets` where each field's blocks begin."""
 
     name: str
-    bytes: int
+    bytes: Size
     xxh3_128: str
-    rows: list[int]
-    offsets: dict[str, list[int]]
+    rows: list[pydantic.PositiveInt]
+    offsets: dict[str, list[Size]]
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,9 @@ class ShardIndex:
             index = read_record(cls, path, INDEX_VERSION)
         except ValueError as error:
             raise CorruptShard(f"{error}; {REMEDY}") from None
+        widths = {field.name: field.width for field in index.fields}
+        if index.row_length != widths.get("ids"):
+            raise CorruptShard(f"{path}: row_length {index.row_length}, but ids of {widths.get('ids')}; {REMEDY}")
         for shard in index.shards:
             index._check_blocks(shard, path)
         return index
@@ -122,6 +129,11 @@ class ShardIndex:
         found = {name: len(offsets) for name, offsets in shard.offsets.items()}
         if found != expected:
             raise CorruptShard(f"{path}: {shard.name} has block offsets {found}, expected {expected}; {REMEDY}")
+        for field in self.fields:
+            for rows, offset in zip(shard.rows, shard.offsets[field.name], strict=True):
+                if offset + rows * field.row_bytes > shard.bytes:
+                    block = f"{rows} rows of {field.name} at {offset}"
+                    raise CorruptShard(f"{path}: {shard.name} has {block}, but {shard.bytes} bytes; {REMEDY}")
 
 
 class ShardWriter:
@@ -321,7 +333,7 @@ class ShardReader:
 
 def size_fault(path: Path, size: int) -> str | None:
     """What is wrong with a file that should have `size` bytes."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where it has a name that no file can have
         return f"{path}: missing, expected {size} bytes; {REMEDY}"
     found = path.stat().st_size
     return None if found == size else f"{path}: {found} bytes, expected {size}; {REMEDY}"
@@ -381,7 +393,7 @@ def _read_block_header(tar: tarfile.TarFile, member: tarfile.TarInfo, field: Fie
     try:
         np.lib.format.read_magic(stream)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:  # numpy parses it as Python
         raise CorruptShard(f"{path}: {member.name} is no .npy array: {error}; {REMEDY}") from None
     rows = shape[0] if shape else 0
     size = stream.tell() + rows * field.row_bytes

@@ -6,10 +6,10 @@
 # between the machines.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-umask 077 # a token may be among them
+# HF_TOKEN stays here: deepspeed would show it in its log and on command lines.
 # One NAME=value a line, without comments or empty lines, which deepspeed cannot read; it puts the values into double quotes.
 compgen -e | grep -E '^(PATH|PYTHONPATH|LD_LIBRARY_PATH|CUDA_HOME|TMPDIR|SPIKELM_JOB|(OMP|GLOO|NCCL|TORCH|HF|DS)_.*)$' |
-    grep -v '^DS_ENV_FILE$' | while read -r name; do
+    grep -vE '^(DS_ENV_FILE|HF_TOKEN)$' | while read -r name; do
     value=${!name}
     printf '%s=%s\n' "$name" "${value//[\\\$\"\`]/\\&}"
 done >"${1:-$root/.deepspeed_env}"

@@ -9,30 +9,38 @@
 set -euo pipefail
 
 main() { # read whole before anything begins: the file may change under a run of days
-    [ -z "${NODE_RANK:-}" ] || MASTER_PORT=${MASTER_PORT:-29500}  # alike on all machines
     . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
     cd "$root"
+    case ${1:-} in -h | --help) exec python pipeline/pretrain.py --help ;; esac
     if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
         [ -f "$1" ] || { echo "error: no recipe $1 in $root: launch/recipes has some" >&2; exit 2; }
         set -- --recipe "$@"
     fi
 
     # What this script and its processes tell each other: `stop` and `exit_code`. Under runs/, which all machines see.
-    export SPIKELM_JOB=$root/runs/.job-$HOSTNAME-$$
-    for left in "$root/runs/.job-$HOSTNAME-"*; do # by scripts that were killed
-        kill -0 "${left##*-}" 2>/dev/null || rm -rf "$left"
-    done
+    if [ -z "${SPIKELM_JOB:-}" ]; then
+        for left in "$root/runs/.job@$HOSTNAME@"*; do # by scripts that were killed
+            kill -0 "${left##*@}" 2>/dev/null || rm -rf "$left" || true
+        done
+        export SPIKELM_JOB=$root/runs/.job@$HOSTNAME@$$
+        trap 'rm -rf "$SPIKELM_JOB"' EXIT
+    fi
     mkdir -p "$SPIKELM_JOB"
-    trap 'rm -rf "$SPIKELM_JOB"' EXIT
 
-    launcher=(deepspeed --log_level warning --master_port "$MASTER_PORT")
+    # Where the processes meet: a port of their own, so that runs can share a machine; alike on all machines.
+    [ -n "${NODE_RANK:-}" ] && port=29500 || port=$((20000 + RANDOM % 20000))
+    launcher=(deepspeed --log_level warning --master_port "${MASTER_PORT:-$port}")
     if [ "${LAUNCHER:-deepspeed}" = mpirun ]; then
         [ "$(id -u)" -ne 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
         launcher=(mpirun -n "$PROCESSES" --oversubscribe --bind-to none python)
     elif [ -z "${HOSTFILE:-}" ]; then
-        launcher+=(--num_gpus "$PROCESSES")
+        # deepspeed passes over CUDA_VISIBLE_DEVICES, unless it is said in its own words.
+        if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then launcher+=(--include "localhost:$CUDA_VISIBLE_DEVICES"); else
+            launcher+=(--num_gpus "$PROCESSES")
+        fi
     elif [ -n "${NODE_RANK:-}" ]; then
-        launcher+=(--hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+        launcher+=(--hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK")
+        launcher+=(--master_addr "${MASTER_ADDR:?is not set: name the machine of NODE_RANK 0}")
     else
         launcher+=(--hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"})
         export DS_ENV_FILE=$SPIKELM_JOB/environment
@@ -55,7 +63,7 @@ main() { # read whole before anything begins: the file may change under a run of
     touch "$SPIKELM_JOB/stop"
     is_over() {
         if pkill -0 -s "$session"; then return 1; fi
-        [ -f "$SPIKELM_JOB/exit_code" ] || [ -z "${HOSTFILE:-}" ] || { [ "$code" -gt 0 ] && [ "$code" -lt 128 ]; }
+        [ -s "$SPIKELM_JOB/exit_code" ] || [ -z "${HOSTFILE:-}" ] || { [ "$code" -gt 0 ] && [ "$code" -lt 128 ]; }
     }
     for _ in $(seq 60); do
         is_over && break
@@ -63,7 +71,7 @@ main() { # read whole before anything begins: the file may change under a run of
     done
     pkill -KILL -s "$session" || true
 
-    if [ -f "$SPIKELM_JOB/exit_code" ]; then
+    if [ -s "$SPIKELM_JOB/exit_code" ]; then
         exit "$(<"$SPIKELM_JOB/exit_code")"
     fi
     [ "$code" -ne 0 ] || echo "error: the launcher ended before its processes said how: it was killed" >&2

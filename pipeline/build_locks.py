@@ -29,6 +29,8 @@ def clear_stale_locks() -> None:
     in_use = set(_open_paths())
     for lock in locks:
         with suppress(FileNotFoundError):  # its build has just ended
+            if lock.stat().st_uid != os.getuid():  # whose processes cannot be looked at
+                continue
             if time.time() - lock.stat().st_mtime >= age and not in_use & {str(lock), str(lock.parent)}:
                 lock.unlink()
                 print(f"removed the stale build lock {lock}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_prep.files import atomic_file, hash_file, read_record, sync_file, write_json
@@ -128,10 +129,10 @@ class Checkpointer:
         self.world.on_main(lambda: shutil.rmtree(target, ignore_errors=True))  # torn, or about to be replaced
         try:
             self._write(engine, target, state)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
             if self.world.is_main:
                 shutil.rmtree(target, ignore_errors=True)
-            if is_lost(error):
+            if not _is_of_the_disk(error):
                 raise
             free = shutil.disk_usage(next(folder for folder in (self.folder, *self.folder.parents) if folder.exists()))
             raise CheckpointError(
@@ -139,6 +140,7 @@ class Checkpointer:
                 "checkpoint.keep lower; the same command then goes on from the checkpoint before "
                 f"({first_line(error)})"
             ) from error
+        self.world.on_main(lambda: self._prune(target))
         return target
 
     def load(self, engine: DeepSpeedEngine, checkpoint: Path) -> None:
@@ -184,10 +186,14 @@ class Checkpointer:
         write_json(target / MANIFEST, asdict(manifest))
         with atomic_file(self.folder / LATEST) as file:
             file.write(target.name.encode())
-        sealed = [self.folder / tag for tag in _tags(self.folder) if (self.folder / tag / MANIFEST).exists()]
-        for old in sealed[self.keep :]:
-            (old / MANIFEST).unlink()  # first: what is left of it by a kill is torn, not damaged
-            shutil.rmtree(old)
+
+    def _prune(self, newest: Path) -> None:
+        """Keep the last checkpoints up to `newest`. Later ones are of a future that was given up, damaged perhaps."""
+        folders = [self.folder / tag for tag in _tags(self.folder)]
+        sealed = [folder for folder in folders if folder <= newest and (folder / MANIFEST).exists()]
+        for old in set(folders) - set(sealed[: self.keep]):
+            (old / MANIFEST).unlink(missing_ok=True)  # first: what is left of it by a kill is torn, not damaged
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -252,6 +258,15 @@ def _faults(checkpoint: Path, world: World | None) -> list[str]:
         fault = str(error)
     faults = world.gather(fault and f"{fault} (seen from {socket.gethostname()})") if world else [fault]
     return [fault for fault in faults if fault]
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether a write has failed: torch's own errors have no type."""
+    return (
+        isinstance(error, OSError | SafetensorError)
+        or "PytorchStreamWriter" in str(error)
+        or "inline_container" in str(error)
+    )
 
 
 def _file_fault(path: Path, record: FileRecord) -> str | None:

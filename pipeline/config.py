@@ -195,7 +195,7 @@ class RunConfig:
     """auto: from this run's newest checkpoint, where there is one; never: afresh, in an empty folder; or a path."""
 
     threads: PositiveInt | None = None
-    """Torch threads of each process; null: what the launcher set."""
+    """Torch threads of each process; null: what OMP_NUM_THREADS says, else its share of the cores."""
 
     model: ModelSettings = ModelSettings()
     data: DataSettings

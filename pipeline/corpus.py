@@ -17,11 +17,11 @@ from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, check_
 from data_prep.shards import CorruptShard, ShardReader
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
 from pipeline.config import DataSettings, RunConfig
-from pipeline.ending import AlreadyTold, Stopped
+from pipeline.ending import BAD_INPUT, AlreadyTold, Stopped
 from pipeline.loader import Batch, ElasticLoader, MakeBatch, heldout_batches, order_identity
 from pipeline.objectives import SpecialTokens, pretraining_batch
 from pipeline.order import OrderState
-from pipeline.stopping import POLL_SECONDS, StopRequest
+from pipeline.stopping import POLL_SECONDS, StopRequest, die_with_parent
 from pipeline.world import LAUNCHER_VARIABLES, World
 
 
@@ -90,15 +90,18 @@ def _run_command(command: list[str], stop: StopRequest) -> None:
     print("building what data.shards lacks: python -m", *command, flush=True)
     # To the command, which may use MPI itself, our launcher's variables would say that it is one of many.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
-    with subprocess.Popen([sys.executable, "-m", *command], env=environment) as process:
+    words = [sys.executable, "-m", *command]
+    with subprocess.Popen(words, env=environment, preexec_fn=die_with_parent) as process:  # noqa: PLW1509 (one call)
         while process.poll() is None:
             if stop.reason is not None:
                 process.terminate()
                 raise Stopped(f"stopped by {stop.reason} while building shards: the same command goes on")
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_SECONDS)
+    if process.returncode == BAD_INPUT:
+        raise AlreadyTold
     if process.returncode != 0:
-        raise AlreadyTold(f"python -m {' '.join(command)} ended with {process.returncode}")
+        raise RuntimeError(f"python -m {' '.join(command)} ended with exit code {process.returncode}")
 
 
 def open_corpus(config: RunConfig, world: World) -> Corpus:
@@ -107,7 +110,7 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
     Raises ValueError where they are not whole, the tokenizer is not theirs, or there are too few.
     """
     root = Path(config.data.shards)
-    world.on_main(lambda: check_folder(root) and None)  # one process looks at all shards, for all
+    world.on_main(lambda: check_folder(root).version)  # one process looks at all shards, for all
     _, tokenizer = open_tokenizer(root)
     train = ShardReader(root / "train")
     heldout = ShardReader(root / "heldout")

@@ -28,7 +28,7 @@ NOT_FINITE = 3
 PROCESS_LOST = 4
 """Another process of the run died or no longer answers. The same command goes on from the newest checkpoint."""
 STOPPED = 75
-"""Stopped on request, after a checkpoint. The same command goes on."""
+"""Stopped on request: after a checkpoint, or before there was anything to save. The same command goes on."""
 
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 3.0
@@ -94,6 +94,8 @@ class RollCall:
         self.limit = limit
         self.step = 0
         """Where this rank is: the optimizer steps that it has done."""
+        self.meetings = 0
+        """How often it has come to where it waits for all others."""
         self.failed: int | None = None
         """Exit code of another rank that has failed before this one."""
         # Opened now: later a store that is gone would be waited for.
@@ -136,11 +138,11 @@ class RollCall:
         self._gone = set(range(self.size)) - set(here)
         if self._gone:
             return f"{_ranks(self._gone)} not answering: killed, hanging or cut off"
-        latest = max(here.values())
-        late = [rank for rank, step in here.items() if step < latest]
+        latest, step = max(here.values())
+        late = [rank for rank, (meetings, _) in here.items() if meetings < latest]
         if late:
-            return f"{_ranks(late)} not beyond step {max(here[rank] for rank in late)}, others at step {latest}"
-        return f"all {self.size} ranks answer, at step {latest}: look at the network between them"
+            return f"{_ranks(late)} behind, after step {min(here[rank][1] for rank in late)}: hanging"
+        return f"all {self.size} ranks answer, after step {step}: one hangs in its step, or the network fails"
 
     def _stay_in_touch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
@@ -155,28 +157,32 @@ class RollCall:
 
     def _listen(self, store: dist.Store) -> bool:
         if store.check(["roll call"]):
-            store.set(f"here{self.rank}", str(self.step))
+            store.set(f"here{self.rank}", f"{self.meetings} {self.step}")
         if store.check(["failed"]):
             self.failed = int(store.get("failed").split()[1])
             store.set(f"heard{self.rank}", "yes")
         return True
 
-    def _answers(self, store: dist.Store) -> dict[int, int]:
-        """Steps by rank, of all ranks that answer in time."""
+    def _answers(self, store: dist.Store) -> dict[int, tuple[int, int]]:
+        """Meetings and steps by rank, of all ranks that answer in time."""
+        names = [f"here{rank}" for rank in range(self.size)]
         store.set("roll call", "now")
-        store.set(f"here{self.rank}", str(self.step))
-        _wait_until(lambda: store.check([f"here{rank}" for rank in range(self.size)]), ANSWER_SECONDS)
-        return {rank: int(store.get(f"here{rank}")) for rank in range(self.size) if store.check([f"here{rank}"])}
+        store.set(names[self.rank], f"{self.meetings} {self.step}")
+        _wait_until(lambda: store.check(names), ANSWER_SECONDS)
+        found = {rank: store.get(name) for rank, name in enumerate(names) if store.check([name])}
+        return {rank: tuple(map(int, answer.split())) for rank, answer in found.items()}
 
 
-def end_by(error: BaseException, roll_call: RollCall | None) -> NoReturn:
+def end_by(error: BaseException, roll_call: RollCall | None, is_alike: bool = False) -> NoReturn:
     """End this process because of `error`: the first of all ranks says why, once, and none outlasts the others.
 
-    Without a roll call there is no other rank, or all see the same: rank 0 speaks.
+    Where there is no roll call yet, everyone speaks; rank 0 alone where all have the same to say (`is_alike`).
     """
     if roll_call is None:
         rank, local_rank = _told_by_launcher("RANK"), _told_by_launcher("LOCAL_RANK")
-        if rank == 0 or (isinstance(error, LostProcess) and _speaks_without_rank_0(rank, local_rank)):
+        if rank == 0 or (
+            not is_alike and (not isinstance(error, LostProcess) or _speaks_without_rank_0(rank, local_rank))
+        ):
             _tell(error)
         else:  # launchers kill all processes when one ends, and rank 0 may be about to speak
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

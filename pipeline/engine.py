@@ -63,6 +63,7 @@ def _discover() -> None:
     port = 20000 + zlib.crc32(os.environ.get("PMIX_NAMESPACE", "").encode()) % 20000
     if size != local_size:
         deepspeed.comm.mpi_discovery(distributed_port=int(os.environ.get("MASTER_PORT", port)), verbose=False)
+        os.environ["LOCAL_SIZE"] = local_size
         return
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_SIZE=local_size)

@@ -29,7 +29,7 @@ def pretrain(config: RunConfig, stop: StopRequest) -> int:
     """Train the run that `config` describes to its end, from wherever it stands; FINISHED, or STOPPED on request."""
     world = start_world(config.engine.timeout_minutes, config.threads)
     stop.at_once = None
-    world.on_main(lambda: build_missing_shards(config.data, stop))
+    world.on_main(lambda: build_missing_shards(config.data, stop), may_take_long=True)
     if not world.agree(stop.reason is None):
         raise Stopped("stopped before training began: the same command begins it")
     with closing(RunFolder(config)) as folder:
@@ -84,12 +84,14 @@ def main(arguments: Sequence[str]) -> int:
     stop.listen()
     if not any(argument.partition("=")[0] in ("--recipe", "--help", "-h") for argument in arguments):
         arguments = ["--recipe", DEFAULT_RECIPE, *arguments]
+    config = None
     try:
-        code = pretrain(load_run_config(arguments), stop)
+        config = load_run_config(arguments)
+        code = pretrain(config, stop)
         leave_world()
     except Exception as error:  # noqa: BLE001 (a bug, too, must not leave the other ranks waiting)
         world = current_world()
-        end_by(error, world.roll_call if world else None)
+        end_by(error, world.roll_call if world else None, is_alike=config is None)
     leave_code(code)
     return code
 

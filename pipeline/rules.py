@@ -3,12 +3,14 @@
 import difflib
 import inspect
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from data_prep.files import is_path
 from data_prep.recipes import Rule
 from models.config import PRESETS, SpikeLMConfig, preset
 
@@ -44,12 +46,12 @@ MECHANICS = (
 
 
 def _name_faults(name: str) -> Iterator[str]:
-    if name in ("", ".", "..") or "/" in name:
+    if name in (".", "..") or "/" in name or not is_path(name):
         yield f"name: {name!r} cannot name a folder: use letters, digits, - and _, and choose its place by output"
 
 
 def _resume_faults(resume: str) -> Iterator[str]:
-    if resume not in ("auto", "never") and not Path(resume).exists():
+    if resume not in ("auto", "never") and not os.path.exists(resume):
         yield f"resume: {resume!r} is neither auto nor never, and no such path exists"
 
 
@@ -81,14 +83,14 @@ def _override_faults(name: str, overrides: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _warm_start_faults(folder: str | None) -> Iterator[str]:
-    if folder is not None and not (Path(folder) / "model.safetensors").is_file():
+    if folder is not None and not os.path.isfile(Path(folder) / "model.safetensors"):
         yield f"model.warm_start: {folder!r} holds no model.safetensors: name the folder of a saved BERT model"
 
 
 def _builder_faults(shards_recipe: str | None, tokenizer_recipe: str | None) -> Iterator[str]:
     recipes = {"data.shards_recipe": shards_recipe, "data.tokenizer_recipe": tokenizer_recipe}
     for name, recipe in recipes.items():
-        if recipe is not None and not Path(recipe).is_file():
+        if recipe is not None and not os.path.isfile(recipe):
             yield f"{name}: {recipe!r} does not exist: name a recipe, such as those of launch/recipes/data"
     if tokenizer_recipe is not None and shards_recipe is None:
         yield f"data.tokenizer_recipe: {tokenizer_recipe!r} has no effect without data.shards_recipe: name that, too"
@@ -105,7 +107,7 @@ def _shuffle_faults(run: int, window: int | None) -> Iterator[str]:
 def _ds_config_faults(path: str) -> Iterator[str]:
     try:
         mechanics = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         yield f"engine.ds_config: {path!r} cannot be read: {getattr(error, 'strerror', None) or error}"
         return
     if not isinstance(mechanics, dict):
@@ -119,7 +121,7 @@ def _ds_config_faults(path: str) -> Iterator[str]:
             yield f"engine.ds_config: {path!r} has the unknown key {key}: {_nearest(key, MECHANICS)}"
     zero = mechanics.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage not in (1, 2, 3):
+    if type(stage) is not int or stage not in (1, 2, 3):  # true is no 1
         yield f"engine.ds_config: {path!r} has zero_optimization.stage {stage!r}: use 1, 2 or 3"
 
 

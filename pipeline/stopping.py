@@ -3,6 +3,7 @@
 Nothing is interrupted by them. Training asks after every step, agrees over all ranks, saves and leaves.
 """
 
+import ctypes
 import io
 import os
 import select
@@ -21,6 +22,7 @@ JOB_FOLDER = "SPIKELM_JOB"
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class StopRequest:
@@ -62,11 +64,20 @@ class StopRequest:
                 self._note("the loss of its launcher")
             elif job and ((job / "stop").exists() or not job.exists()):  # without a folder the script is gone
                 self._note("launch/pretrain.sh")
-            if self.reason is not None and self.at_once is not None:
-                self.at_once()
+            at_once = self.at_once  # the main thread may set it to None now
+            if self.reason is not None and at_once is not None:
+                at_once()
 
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
+
+
+_libc = ctypes.CDLL(None)
+
+
+def die_with_parent() -> None:
+    """For a child before it becomes another program: Linux ends it when the process that started it is gone."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Pipe(io.FileIO):
@@ -94,25 +105,28 @@ def _launchers() -> list[psutil.Process] | None:
     reached by ssh. launch/pretrain.sh stands above the command.
     """
     if "CROSS_SIZE" in os.environ:  # set by DeepSpeed's launch.py alone
-        fronts = ("deepspeed", "sshd")
+        parent, fronts = "launch", ("deepspeed", "ds", "runner", "sshd")
     elif "OMPI_COMM_WORLD_SIZE" in os.environ:
-        fronts = ("mpirun", "mpiexec", "prterun", "prted", "orted")
+        parent, fronts = "mpi", ("mpirun", "mpiexec", "prterun", "prted", "orted")
     else:
         return []
     ancestors = psutil.Process().parents()
     names = [_name(ancestor) for ancestor in ancestors]
     front = next((place for place, name in enumerate(names) if name.startswith(fronts)), None)
     if front is None:
-        return None
-    has_script = JOB_FOLDER in os.environ and names[front] in ("deepspeed", "mpirun", "mpiexec", "prterun")
+        # Under a launcher of another name its process is watched alone, if it is still there.
+        return ancestors[:1] if names[:1] and parent in names[0] and len(ancestors) > 2 else None
+    has_script = JOB_FOLDER in os.environ and not names[front].startswith(("sshd", "prted", "orted"))
     return ancestors[: front + 1 + has_script]
 
 
 def _name(process: psutil.Process) -> str:
-    """What a process is called: of a script its own name, not its interpreter's."""
+    """What a process is called: a Python script or module by its own name, not by its interpreter's."""
     try:
-        script = next((Path(word).name for word in process.cmdline()[1:2]), "")
-        return "deepspeed" if script == "deepspeed" else process.name()
+        words = process.cmdline()
+        module = words[words.index("-m") + 1] if "-m" in words[:-1] else next(iter(words[1:2]), "")
+        is_python = process.name().startswith("python") or Path(module).name in ("deepspeed", "ds")
+        return Path(module).name.rpartition(".")[2] if is_python else process.name()
     except psutil.Error:
         return ""
 

@@ -88,9 +88,11 @@ class Trainer:
                 self.metrics.log_step(step, self._step_values(result))
             stopped = step < last and self._is_stopped()
             with self.throughput.paused():
+                if stopped:  # first of all: there may not be time for more
+                    self.checkpointer.save(self.engine, self.state)
                 if self._due(self.config.evaluation.every, last):
                     self.metrics.log_evaluation(step, self.evaluate())
-                if stopped or self._due(self.config.checkpoint.every, last):
+                if not stopped and self._due(self.config.checkpoint.every, last):
                     self.checkpointer.save(self.engine, self.state)
             if stopped:
                 break

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from pipeline.ending import LostProcess, RollCall, first_line
+from pipeline.ending import AlreadyTold, LostProcess, RollCall, first_line
 
 Result = TypeVar("Result")
 
@@ -53,11 +53,14 @@ class Place:
 class World:
     """This process among all: its rank, their number, and the device that is its own."""
 
-    def __init__(self, place: Place, device: torch.device, store: dist.Store, roll_call: RollCall | None) -> None:
+    def __init__(
+        self, place: Place, device: torch.device, store: dist.Store, roll_call: RollCall | None, limit: timedelta
+    ) -> None:
         self.rank = place.rank
         self.size = place.size
         self.device = device
         self.roll_call = roll_call
+        self.limit = limit
         self._store = store
         self._decisions = 0
 
@@ -73,41 +76,54 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place, as a collective; every rank must call it."""
+        self._enter()
         dist.all_reduce(values)
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        self._enter()
         dist.barrier()
 
     def agree(self, ok: bool) -> bool:
         """Whether `ok` is true on every rank."""
+        self._enter()
         flag = torch.tensor(int(ok), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, in their order, on every rank."""
+        self._enter()
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def on_main(self, action: Callable[[], Result]) -> Result:
+    def on_main(self, action: Callable[[], Result], may_take_long: bool = False) -> Result:
         """What `action` gives on rank 0, as JSON has it, on every rank; no other rank runs it.
 
-        The others wait as long as it takes, without a collective, and end with rank 0 where it raises.
+        The others wait, without a collective, and end with rank 0 where it raises. Raises LostProcess on them where
+        rank 0 takes longer than the limit of a collective, unless it may.
         """
+        self._enter()
         self._decisions += 1
         key = f"decision {self._decisions}"
         if self.is_main:
             self._store.set(key, json.dumps(action()))
-        pause = 0.01
+        pause, began = 0.01, time.monotonic()
         while not self._store.check([key]):
             if self.roll_call.failed is not None:
                 raise LostProcess("rank 0 has failed")
+            if not may_take_long and time.monotonic() - began > self.limit.total_seconds():
+                raise LostProcess(f"rank 0 is busy for more than {_minutes(self.limit)} with what all wait for")
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
         return json.loads(self._store.get(key))
+
+    def _enter(self) -> None:
+        """Note that this rank has come to where it waits for the others."""
+        if self.roll_call is not None:
+            self.roll_call.meetings += 1
 
 
 _world: World | None = None
@@ -136,11 +152,11 @@ def join_world(place: Place, device: torch.device, backend: str, limit: timedelt
     else:
         store = _open_store(place, limit)
         if store.add(f"come{place.rank}", 1) > 1:
-            raise ValueError(f"another process is rank {place.rank} already: {_taken(place)}")
+            raise AlreadyTold(f"another process is rank {place.rank} already: {_taken(place)}")  # rank 0 finds it, too
         connect = partial(_connect, place, limit)
         roll_call = RollCall(place.rank, place.size, place.local_rank, connect, limit.total_seconds())
         roll_call.watch()
-    _world = World(place, device, store, roll_call)
+    _world = World(place, device, store, roll_call, limit)
     if place.size > 1:
         _await_all(place, store, limit)
     device_id = None if device.type == "cpu" else device
@@ -190,8 +206,8 @@ def _connect(place: Place, limit: timedelta) -> dist.Store:
         return _of_this_attempt(dist.TCPStore(place.address, place.port, None, False, limit))
     except dist.DistNetworkError as error:
         raise LostProcess(
-            f"rank 0 does not answer at {place.address}:{place.port} after {limit.total_seconds() / 60:g} minutes "
-            f"(engine.timeout_minutes): is its machine up, and the port open? ({first_line(error)})"
+            f"rank 0 does not answer at {place.address}:{place.port} after {_minutes(limit)}: is "
+            f"its machine up, and the port open? ({first_line(error)})"
         ) from error
 
 
@@ -211,8 +227,8 @@ def _await_all(place: Place, store: dist.Store, limit: timedelta) -> None:
     missing = [rank for rank in range(place.size) if not store.check([f"come{rank}"])]
     if missing:
         raise LostProcess(
-            f"of {place.size} ranks {', '.join(map(str, missing))} did not come within "
-            f"{limit.total_seconds() / 60:g} minutes (engine.timeout_minutes): are all machines up and launched alike?"
+            f"of {place.size} ranks {', '.join(map(str, missing))} did not come within {_minutes(limit)}: are all "
+            "machines up and launched alike?"
         )
     store.set("complete", "yes")
 
@@ -222,3 +238,7 @@ def _wait(store: dist.Store, key: str, limit: timedelta) -> None:
         store.wait([key], limit)
     except dist.DistStoreError:
         return  # whoever looks next finds it missing
+
+
+def _minutes(limit: timedelta) -> str:
+    return f"{limit.total_seconds() / 60:g} minutes (engine.timeout_minutes)"

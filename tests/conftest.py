@@ -2,12 +2,18 @@ from random import Random
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from data_prep import build_shards, train_tokenizer
 from tests.distributed.runs import train_runs
 from tests.sshd import ssh_server
 
 WIKIPEDIA = "package://gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+
+
+# The same examples in every run, and no limit on how long one takes: other work may slow the machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

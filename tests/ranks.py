@@ -7,29 +7,33 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from pipeline import ending
 from pipeline.world import Place, current_world, join_world, leave_world
 from tests.launcher import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks"])  # torch takes seconds to import: once for all ranks of all tests
+CONTEXT.set_forkserver_preload(["tests.ranks", "pytest"])  # imported once, for all ranks of all tests
 
 LONG = timedelta(minutes=5)
 """A time limit that no test comes to."""
 
 SHORT = timedelta(seconds=4)
 
+# Torch asks for the name of every address it connects to; of a busy name server nobody here is to wait for 5 s.
+NO_NAMES = {"RES_OPTIONS": "timeout:1 attempts:1"}
+
 
 @contextmanager
 def started(folder, worker, size, *arguments, limit=LONG, absent=(), **variables):
     """Processes that run worker(world, *arguments), a function at the top of a module; killed at the end.
 
-    What a rank prints is in `folder`, for `said`. Ranks that are `absent` are never started. The environment has what
-    launchers set, or `variables` instead.
+    What a rank prints is in `folder`, for `said`. Ranks that are `absent` are never started. `variables` come into
+    the environment, beside what launchers set.
     """
     sizes = {"WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
-    variables = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables}
+    variables = {**NO_NAMES, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables}
     processes = [
         CONTEXT.Process(target=_run_rank, args=(worker, rank, variables, limit, folder, arguments), daemon=True)
         for rank in range(size)
@@ -63,6 +67,12 @@ def run(folder, worker, size, *arguments, **options):
     with started(folder, worker, size, *arguments, **options) as processes:
         codes = ended(processes)
     return codes, said(folder)
+
+
+def torchrun_store():
+    """A store as torchrun keeps one for its ranks, and the variables that tell them of it."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    return store, {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 def wait_for(condition, seconds=60):

@@ -104,6 +104,24 @@ def test_the_names_in_latest_are_for_others(checkpointer, run):
     assert resolve_checkpoint(checkpointer.folder.parent).name == "step00000001"
 
 
+def test_a_checkpoint_that_cannot_be_removed_costs_none_that_is_newer(checkpointer, run, monkeypatch):
+    for step in (1, 2, 3):
+        checkpointer.save(Engine(), _state(run, step))
+        if step == 2:
+            monkeypatch.setattr("pipeline.checkpoint.shutil.rmtree", lambda *arguments, **options: None)
+    assert (checkpointer.folder / "step00000001").exists()
+    assert checkpointer.newest().name == "step00000003"
+
+
+def test_what_was_given_up_is_not_kept_instead_of_what_is_intact(checkpointer, run):
+    checkpointer.save(Engine(), _state(run, 1))
+    _flip_a_bit(checkpointer.save(Engine(), _state(run, 5)) / "weights.pt")
+    assert checkpointer.newest().name == "step00000001"
+    for step in (2, 3):
+        checkpointer.save(Engine(), _state(run, step))
+    assert sorted(path.name for path in checkpointer.folder.glob("step*")) == ["step00000002", "step00000003"]
+
+
 class FullDisk(Engine):
     """Fails in the middle, as torch does where a write fails."""
 

@@ -24,7 +24,7 @@ from pipeline.ending import (
     leave,
     leave_code,
 )
-from tests.ranks import CONTEXT, LONG, SHORT, ended, run, said, started, wait_for
+from tests.ranks import CONTEXT, LONG, SHORT, ended, run, said, started, torchrun_store, wait_for
 
 
 def wait_for_all(world):
@@ -60,6 +60,7 @@ def fails_as_rank_0(world, error):
     def action():
         raise error
 
+    ending.PATIENCE_SECONDS = 600.0  # nobody is to need it
     world.on_main(action)
 
 
@@ -196,6 +197,13 @@ def test_ranks_that_wait_for_a_decision_of_rank_0_end_with_it(tmp_path):
     codes, output = run(tmp_path, fails_as_rank_0, 3, ValueError("no folder"))
     assert output == "error: no folder\n"
     assert codes == [ending.BAD_INPUT] * 3
+
+
+def test_ranks_end_with_rank_0_though_torchrun_keeps_the_store(tmp_path):
+    _store, variables = torchrun_store()
+    codes, output = run(tmp_path, fails_as_rank_0, 2, ValueError("no folder"), **variables)
+    assert output == "error: no folder\n"
+    assert codes == [ending.BAD_INPUT] * 2
 
 
 def test_rank_0_may_take_longer_than_collectives_wait(tmp_path):

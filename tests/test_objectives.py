@@ -37,7 +37,7 @@ probabilities = st.floats(0, 1, exclude_min=True)
 seeds = st.integers(0, 2**63)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(rows=any_rows(), probability=probabilities, seed=seeds, static=st.booleans())
 def test_only_ordinary_tokens_are_masked_and_nothing_else_changes(rows, probability, seed, static):
     rows, ids, epochs, tokens = rows
@@ -58,7 +58,7 @@ def test_only_ordinary_tokens_are_masked_and_nothing_else_changes(rows, probabil
     assert count_targets(batch).tolist() == [sum(counts), len(ids)]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(rows=any_rows(), probability=probabilities, seed=seeds, static=st.booleans(), data=st.data())
 def test_neither_company_nor_order_nor_padding_changes_a_row(rows, probability, seed, static, data):
     rows, ids, epochs, tokens = rows
@@ -77,7 +77,7 @@ def test_neither_company_nor_order_nor_padding_changes_a_row(rows, probability, 
     assert (apart["labels"][:, row_length:] == IGNORED).all()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(rows=any_rows(), seed=seeds, next_sentence=st.booleans(), data=st.data())
 def test_ignored_rows_count_for_nothing(rows, seed, next_sentence, data):
     rows, ids, epochs, tokens = rows

@@ -16,7 +16,7 @@ windows = st.none() | st.integers(1, 400)
 seeds = st.integers(0, 2**63)
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200)
 @given(seed=seeds, num_samples=sizes, run=runs, window=windows, epoch=st.integers(0, 2**40))
 def test_every_epoch_holds_each_sample_once(seed, num_samples, run, window, epoch):
     ids, epochs = sample_ids(OrderState(seed, num_samples, epoch * num_samples, run, window), num_samples)
@@ -25,7 +25,7 @@ def test_every_epoch_holds_each_sample_once(seed, num_samples, run, window, epoc
     assert (epochs == epoch).all()
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(
     seed=seeds, num_samples=sizes, run=runs, window=windows, start=st.integers(0, 10**12),
     counts=st.lists(st.integers(0, 200), min_size=1, max_size=5),
@@ -51,7 +51,7 @@ def no_tensors(rows, sample_ids, epochs):
     return {}
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(
     seed=seeds, num_samples=sizes, run=runs, window=windows, start=st.integers(0, 10**12),
     batch_size=st.integers(1, 60), step=st.integers(0, 10**6),
@@ -71,7 +71,7 @@ def test_any_number_of_ranks_sees_the_same_global_batches(seed, num_samples, run
         assert np.array_equal(epochs, np.concatenate([share.epochs for share in shares]))
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(
     seed=seeds, other=seeds, num_samples=st.integers(300, 3000), run=st.integers(1, 20), window=windows,
     epoch=st.integers(0, 10**6),
@@ -84,7 +84,7 @@ def test_another_seed_or_epoch_is_another_order(seed, other, num_samples, run, w
         assert np.mean(ids == order) < 0.5
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(seed=seeds, num_samples=sizes, run=runs, window=st.integers(1, 400))
 def test_a_window_reads_few_places(seed, num_samples, run, window):
     """What runs are for: a window holds as many as fill it; its ends and the shorter run add three at most."""
@@ -94,7 +94,7 @@ def test_a_window_reads_few_places(seed, num_samples, run, window):
         assert len(np.unique(ids[start : start + window] // run)) <= (window - 1) // run + 3
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(key=seeds, size=st.integers(1, 2**53), start=st.integers(0, 2**53))
 def test_permute_never_leaves_its_domain_nor_meets_itself(key, size, start):
     index = np.arange(start % size, min(start % size + 300, size), dtype=np.uint64)

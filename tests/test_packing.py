@@ -53,7 +53,7 @@ def test_one_row_by_hand():
     assert [rows[name].dtype for name in rows] == ["uint16", "uint16", "uint16", "uint8"]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(sentence_lengths=pools, row_length=row_lengths, random_next=shares, short_row=shares, seed=seeds)
 def test_every_token_stands_once_and_in_order(sentence_lengths, row_length, random_next, short_row, seed):
     row_layout = layout(row_length, random_next_probability=random_next, short_row_probability=short_row)
@@ -67,7 +67,7 @@ def test_every_token_stands_once_and_in_order(sentence_lengths, row_length, rand
     assert stream == [token for document in pool for token in document.ids.tolist()]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(sentence_lengths=pools, row_length=row_lengths, random_next=shares, seed=seeds)
 def test_each_segment_comes_from_where_its_label_says(sentence_lengths, row_length, random_next, seed):
     row_layout = layout(row_length, random_next_probability=random_next, short_row_probability=0)
@@ -90,7 +90,7 @@ def test_each_segment_comes_from_where_its_label_says(sentence_lengths, row_leng
             assert second == pool[other].ids[start : start + row_layout.longest_pair - len(first)].tolist()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(sentence_lengths=pools, row_length=row_lengths, seed=seeds, data=st.data())
 def test_documents_without_a_token_change_nothing(sentence_lengths, row_length, seed, data):
     row_layout = layout(row_length)
@@ -102,7 +102,7 @@ def test_documents_without_a_token_change_nothing(sentence_lengths, row_length, 
     assert all(np.array_equal(rows[name], again[name]) for name in rows)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 60), max_size=8), st.integers(1, 20))
 def test_joined_sentences_end_where_they_did_or_in_between(lengths, longest_sentence):
     tokens = iter(range(sum(lengths)))

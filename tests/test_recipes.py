@@ -5,7 +5,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.recipes import ConfigError, Share, known_fields, load_settings, run_command, strict
+from data_prep.build_shards import BuildSettings
+from data_prep.recipes import (
+    ConfigError,
+    FolderName,
+    Share,
+    known_fields,
+    load_settings,
+    run_command,
+    save_settings,
+    strict,
+)
 
 
 @strict
@@ -27,6 +37,9 @@ class Settings:
 
     fast: bool = False
     """Hurry up."""
+
+    place: FolderName = "here"
+    """Where to put them."""
 
 
 def load(*argv):
@@ -72,26 +85,32 @@ def faults_of(*argv):
         assert isinstance(load(*argv), Settings)
     except ConfigError as error:
         assert error.faults
+        assert all(fault.isprintable() for fault in error.faults)
         return error.faults
     return []
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+def shown(names):
+    """`names` as they stand in faults."""
+    return ConfigError(names, "any").faults
+
+
+@settings(max_examples=200)
 @given(argv=st.lists(arguments, max_size=5))
 def test_any_command_line_gives_settings_or_named_faults(argv):
     sections = [argument.removeprefix("--").partition("=")[0].partition(".")[0] for argument in argv]
-    assert all(fault.startswith((*NAMES, *argv, *sections)) for fault in faults_of(*argv))
+    assert all(fault.startswith((*NAMES, *shown(argv), *shown(sections))) for fault in faults_of(*argv))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(tree=st.dictionaries(names, trees, max_size=5))
 def test_any_fields_of_a_recipe_give_settings_or_named_faults(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(yaml.safe_dump(tree))
-    assert all(fault.startswith((*NAMES, *tree)) for fault in faults_of(f"--recipe={path}"))
+    assert all(fault.startswith((*NAMES, *shown(tree))) for fault in faults_of(f"--recipe={path}"))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(content=st.binary() | texts.map(str.encode), place=st.integers(0, len(RECIPE)), cut=st.booleans())
 def test_any_bytes_for_a_recipe_give_settings_or_named_faults(tmp_path_factory, content, place, cut):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -101,10 +120,68 @@ def test_any_bytes_for_a_recipe_give_settings_or_named_faults(tmp_path_factory, 
         assert not faults or any(name in fault for name in NAMES for fault in faults)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(values=st.lists(texts | trees.map(str), min_size=1))
 def test_text_is_taken_as_it_is(values):
     assert load(*[f"--input={value}" for value in values]).input == tuple(values)
+
+
+ODD_YAML = [
+    "0x_", "-0x_", "0b_", "1" * 5000, "0x" + "f" * 5000, "1" + ":0" * 200 + ".", "[" * 2000, "!!int x", "!!int ''",
+    "!!float x", "!!bool x", "!!map ab", "!!map [a]", "!!set ab", "&a [*a]", "{!!binary aGk=: 1}", '"\\ud800"',
+    "[" * 250 + "]" * 250,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_YAML, ids=lambda text: text[:12])
+def test_what_yaml_cannot_make_a_value_of_is_a_fault_of_its_field(tmp_path, text):
+    (fault,) = faults_of("--input=a", f"--sizes={text}")
+    assert fault.startswith("sizes")
+    (tmp_path / "odd.yaml").write_text(f"input: [a]\nsizes: {text}\n")
+    (fault,) = faults_of(f"--recipe={tmp_path / 'odd.yaml'}")
+    assert fault.startswith(("recipe: ", "sizes"))
+
+
+def test_a_value_that_no_json_holds_hides_no_other_fault(tmp_path):
+    (tmp_path / "odd.yaml").write_text("sizes: &a [*a]\nshare: 2\n")
+    faults = faults_of(f"--recipe={tmp_path / 'odd.yaml'}")
+    assert sorted(fault.partition(":")[0] for fault in faults) == ["input", "share", "sizes"]
+
+
+def test_bytes_that_are_no_text_are_a_fault_of_their_argument():
+    (fault,) = faults_of("--input=caf\udce9")
+    assert fault.startswith("input: no JSON can hold its value")
+
+
+@pytest.mark.parametrize("argv", [["a\nb"], ["--a\nb=1"], ["--a\u2028b"]])
+def test_each_fault_is_one_line(argv):
+    (fault,) = faults_of("--input=a", *argv)
+    assert fault.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "a/" + "é" * 128, "a\0b", ""])
+def test_what_can_name_no_folder_is_a_fault(tmp_path, name):
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump({"input": ["a"], "place": name}))
+    (fault,) = faults_of(f"--recipe={tmp_path / 'odd.yaml'}")
+    assert fault.startswith("place: ")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "package://yaml/" + "a" * 300])
+def test_an_input_that_cannot_be_looked_for_is_a_fault(name):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(BuildSettings, [f"--input={name}", "--tokenizer=.", "--output=b"], "build")
+    (fault,) = caught.value.faults
+    assert "a" * 300 in fault and fault.endswith("File name too long: name another")
+
+
+def test_a_path_may_be_longer_than_its_parts():
+    assert load("--input=a", f"--place={'a' * 255}/{'é' * 127}").place.endswith("é")
+
+
+@pytest.mark.parametrize("name", ["2e-4", "1e5", "+1E5", ".5e3", "2001-01-01", "null"])
+def test_saved_text_that_looks_like_another_value_stays_text(tmp_path, name):
+    save_settings(Settings((name,)), tmp_path / "saved.yaml")
+    assert load(f"--recipe={tmp_path / 'saved.yaml'}") == Settings((name,))
 
 
 def test_a_flag_may_stand_alone(recipe):

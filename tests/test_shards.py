@@ -80,7 +80,7 @@ def test_rows_come_back_by_number(folder, rows):
     assert reader.read(np.array([], np.int64))["ids"].shape == (0, ROW_LENGTH)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(
     num_rows=st.integers(0, 40), seed=st.integers(0, 2**32), pieces=st.integers(1, 7),
     rows_per_block=st.integers(1, 9), blocks_per_shard=st.integers(1, 4), data=st.data(),
@@ -110,7 +110,7 @@ def damaged(draw, content):
     return content[:place] if kind == "cut" else content + draw(st.binary(min_size=1, max_size=20))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_no_damage_of_a_shard_is_overlooked(small_folder, data):
     path = data.draw(st.sampled_from(sorted(small_folder.glob("*.tar"))))
@@ -123,6 +123,21 @@ def test_no_damage_of_a_shard_is_overlooked(small_folder, data):
         path.write_bytes(content)
     (fault,) = caught.value.faults
     assert fault.startswith(f"{path}: ")
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_a_damaged_shard_is_never_scanned_as_the_whole_one(small_folder, data):
+    path = data.draw(st.sampled_from(sorted(small_folder.glob("*.tar"))))
+    content = path.read_bytes()
+    record = shards.scan_shard(path, FIELDS)
+    path.write_bytes(data.draw(damaged(content)))
+    try:
+        assert shards.scan_shard(path, FIELDS) != record
+    except CorruptShard as error:
+        assert all(fault.startswith(f"{path}: ") for fault in error.faults)
+    finally:
+        path.write_bytes(content)
 
 
 def test_equal_rows_give_equal_bytes(tmp_path, rows):
@@ -299,14 +314,23 @@ def break_index(folder, **changes):
 
 def test_a_broken_index_is_refused(folder):
     first = asdict(ShardIndex.load(folder).shards[0])
+    end = max(first["offsets"][field.name][-1] + 8 * field.row_bytes for field in FIELDS)
+    break_index(folder, shards=[{**first, "bytes": end}])
+    assert len(ShardReader(folder)) == 24
     for changes, message in [
         ({"version": 2}, "version 2, expected 1"),
         ({"version": 1, "row_length": "x"}, "row_length: Input should be a valid integer"),
         ({"row_length": 16, "shards": [{**first, "name": "../x.tar"}]}, "no name of a shard"),
         ({"shards": [{**first, "rows": [8]}]}, "block offsets"),
+        ({"shards": [{**first, "rows": [8, 8, 0]}]}, "shards.0.rows.2: Input should be greater than 0"),
+        ({"shards": [{**first, "bytes": 1 << 63}]}, "shards.0.bytes: Input should be less than"),
+        ({"shards": [{**first, "bytes": end - 1}]}, rf"has 8 rows of \w+ at \d+, but {end - 1} bytes"),
+        ({"shards": [], "row_length": 15}, "row_length 15, but ids of 16"),
+        ({"row_length": 16, "fields": []}, "row_length 16, but ids of None"),
+        ({"fields": [{"name": "ids", "dtype": "uint16", "width": -1}]}, "fields.0.width: Input should be greater"),
     ]:
         break_index(folder, **changes)
-        with pytest.raises(CorruptShard, match=message):
+        with pytest.raises(CorruptShard, match=f"index.json.*{message}"):
             ShardReader(folder)
     (folder / "index.json").write_text("{")
     with pytest.raises(CorruptShard, match="cannot be read as JSON"):

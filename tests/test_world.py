@@ -1,6 +1,7 @@
 """How the ranks of a run find each other, and what they do together: real processes, joined by gloo."""
 
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from pipeline import ending
 from pipeline.world import Place, current_world, join_world, leave_world
 from tests.launcher import free_port
-from tests.ranks import LONG, SHORT, ended, run, said, started, wait_for
+from tests.ranks import LONG, SHORT, ended, run, said, started, torchrun_store, wait_for
 
 
 def tells_its_place(world):
@@ -85,9 +86,10 @@ def test_a_rank_that_never_comes_is_named_by_rank_0(tmp_path):
 
 def test_without_rank_0_the_others_name_its_address(tmp_path):
     port = free_port()
-    codes, output = run(tmp_path, tells_its_place, 3, absent=[0], limit=SHORT, MASTER_PORT=str(port))
+    limit = timedelta(seconds=1.2)
+    codes, output = run(tmp_path, tells_its_place, 3, absent=[0], limit=limit, MASTER_PORT=str(port))
     assert codes == [ending.PROCESS_LOST] * 2
-    assert output.count(f"error: rank 0 does not answer at 127.0.0.1:{port} after 0.0666667 minutes") == 1
+    assert output.count(f"error: rank 0 does not answer at 127.0.0.1:{port} after 0.02 minutes") == 1
 
 
 def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):
@@ -117,10 +119,18 @@ def test_a_run_is_not_disturbed_by_another_at_its_port(tmp_path):
 
 
 def test_the_store_of_torchrun_is_used_where_there_is_one(tmp_path):
-    agent = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    variables = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    _store, variables = torchrun_store()
     codes, output = run(tmp_path, works_together, 2, **variables)
     assert (codes, output) == ([0, 0], "")
+
+
+def test_torchrun_may_start_the_ranks_again(tmp_path):
+    _store, variables = torchrun_store()
+    for attempt in range(2):
+        folder = tmp_path / f"{attempt}"
+        folder.mkdir()
+        codes, output = run(folder, works_together, 2, TORCHELASTIC_RESTART_COUNT=f"{attempt}", **variables)
+        assert (codes, output) == ([0, 0], "")
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ class Campaign:
         self.hits = []
         self.faults = []
         self.starts = []
-        """Seconds that jobs took until they said where they start."""
+        """Seconds that jobs took until they said where they start, one after another."""
         self._arguments_of = arguments_of
         self._folder = folder
         self._port = free_port()
@@ -237,9 +237,16 @@ class Campaign:
         if (code := job.process.poll()) != 0 or not (self._run / DONE).exists():
             self.fault(f"{job.log}: exit code {code} though nobody had killed it:\n{job.output()[-3000:]}")
         elif self._run != self._whole:
-            for difference in differences(self._whole, self._run, watch.config):
-                self.fault(f"{self._run}: {difference}")
+            self._compare(watch.config)
         self._next_run()
+
+    def _compare(self, config):
+        found = list(differences(self._whole, self._run, config))
+        for difference in found:
+            self.fault(f"{self._run}: {difference}")
+        if not found:
+            print(f"{self._run.name} has ended as if nobody had killed it", flush=True)
+            shutil.rmtree(self._run)
 
     def _next_run(self):
         self._runs += 1
@@ -318,7 +325,7 @@ def main(arguments=None):
     numbers = random.Random(options.seed)
     while _goes_on(campaign, options):
         launcher = numbers.choice(options.launchers)
-        moment = numbers.random() * STARTS_UNDER_FIRE * statistics.median(campaign.starts)
+        moment = numbers.random() * STARTS_UNDER_FIRE * statistics.median(campaign.starts[-5:])
         share = numbers.random()
         campaign.strike(
             launcher,
