@@ -138,11 +138,11 @@ class RollCall:
         self._gone = set(range(self.size)) - set(here)
         if self._gone:
             return f"{_ranks(self._gone)} not answering: killed, hanging or cut off"
-        latest, step = max(here.values())
-        late = [rank for rank, (meetings, _) in here.items() if meetings < latest]
+        latest = max(here.values())
+        late = [rank for rank, progress in here.items() if progress < latest]
         if late:
-            return f"{_ranks(late)} behind, after step {min(here[rank][1] for rank in late)}: hanging"
-        return f"all {self.size} ranks answer, after step {step}: one hangs in its step, or the network fails"
+            return f"{_ranks(late)} hanging after step {min(here[rank][1] for rank in late)}, others have gone on"
+        return f"all {self.size} ranks answer, after step {latest[1]}: one hangs in the next, or the network fails"
 
     def _stay_in_touch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):

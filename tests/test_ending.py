@@ -65,7 +65,7 @@ def fails_as_rank_0(world, error):
 
 
 def takes_its_time_as_rank_0(world, seconds):
-    print(world.on_main(lambda: time.sleep(seconds) or {"waited": seconds}))
+    print(world.on_main(lambda: time.sleep(seconds) or {"waited": seconds}, may_take_long=seconds < 10))
     wait_for_all(world)
 
 
@@ -115,7 +115,7 @@ LOSSES = {
     "standstill of rank 0, deciding": Loss(
         3, 0, signal_itself, signal.SIGSTOP, (1, 2), "rank 0 is not answering", SHORT, is_lost_deciding
     ),
-    "sleep": Loss(3, 1, time.sleep, 600, (0, 1, 2), "rank 1 is not beyond step 7, others at step 8", SHORT),
+    "sleep": Loss(3, 1, time.sleep, 600, (0, 1, 2), "rank 1 is hanging after step 7, others have gone on", SHORT),
 }
 
 
@@ -212,12 +212,18 @@ def test_rank_0_may_take_longer_than_collectives_wait(tmp_path):
     assert output == 2 * "{'waited': 5}\n"
 
 
-def end_alone(output, variables):
+def test_rank_0_may_not_keep_all_waiting_unless_it_is_known_to_take_long(tmp_path):
+    codes, output = run(tmp_path, takes_its_time_as_rank_0, 2, 30, limit=SHORT)
+    assert codes == [ending.PROCESS_LOST] * 2
+    assert output.startswith("error: rank 0 is busy for more than ") and output.count("\n") == 1
+
+
+def end_alone(output, variables, is_alike=True):
     ending.ANSWER_SECONDS = 0.1
     os.environ.update(variables)
     with open(unread_pipe() if output is None else output, "w") as file:
         os.dup2(file.fileno(), 2)
-    end_by(ValueError("bad recipe"), None)
+    end_by(ValueError("bad recipe"), None, is_alike=is_alike)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +238,11 @@ def end_alone(output, variables):
 def test_before_the_ranks_have_met_rank_0_speaks(tmp_path, variables, output):
     assert exit_code(end_alone, tmp_path / "output.txt", variables) == ending.BAD_INPUT
     assert (tmp_path / "output.txt").read_text() == output
+
+
+def test_before_the_ranks_have_met_each_tells_what_it_alone_has_found(tmp_path):
+    assert exit_code(end_alone, tmp_path / "output.txt", {"RANK": "1"}, False) == ending.BAD_INPUT
+    assert (tmp_path / "output.txt").read_text() == "error: bad recipe\n"
 
 
 def test_last_words_that_nobody_reads_change_no_exit_code():
@@ -257,16 +268,16 @@ class TestRollCall:
         assert roll_call.missing() == "ranks 0, 2 are not answering: killed, hanging or cut off"
 
     def test_all_that_are_behind_are_named(self, roll_call, store):
-        store.set("here0", "3")
-        store.set("here2", "4")
-        roll_call.step = 3
-        assert roll_call.missing() == "ranks 0, 1 are not beyond step 3, others at step 4"
+        store.set("here0", "9 3")
+        store.set("here2", "10 3")
+        roll_call.meetings, roll_call.step = 9, 3
+        assert roll_call.missing() == "ranks 0, 1 are hanging after step 3, others have gone on"
 
     def test_the_network_is_suspected_where_nobody_is_behind(self, roll_call, store):
-        store.set("here0", "4")
-        store.set("here2", "4")
-        roll_call.step = 4
-        assert roll_call.missing() == "all 3 ranks answer, at step 4: look at the network between them"
+        store.set("here0", "9 4")
+        store.set("here2", "9 4")
+        roll_call.meetings, roll_call.step = 9, 4
+        assert roll_call.missing().startswith("all 3 ranks answer, after step 4: one hangs in the next, or the network")
 
     def test_only_the_first_to_fail_speaks(self, roll_call, store):
         assert roll_call.fail(3)

@@ -80,7 +80,7 @@ def test_groups_made_later_wait_as_long(tmp_path):
 def test_a_rank_that_never_comes_is_named_by_rank_0(tmp_path):
     codes, output = run(tmp_path, tells_its_place, 3, absent=[2], limit=SHORT)
     assert codes == [ending.PROCESS_LOST] * 2
-    assert output.startswith("error: of 3 ranks 2 did not come within 0.0666667 minutes (engine.timeout_minutes): ")
+    assert output.startswith("error: of 3 ranks 2 did not come within ")
     assert output.count("\n") == 1
 
 
@@ -89,7 +89,7 @@ def test_without_rank_0_the_others_name_its_address(tmp_path):
     limit = timedelta(seconds=1.2)
     codes, output = run(tmp_path, tells_its_place, 3, absent=[0], limit=limit, MASTER_PORT=str(port))
     assert codes == [ending.PROCESS_LOST] * 2
-    assert output.count(f"error: rank 0 does not answer at 127.0.0.1:{port} after 0.02 minutes") == 1
+    assert output.count(f"error: rank 0 does not answer at 127.0.0.1:{port} after ") == 1
 
 
 def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):
