@@ -50,8 +50,14 @@ main() { # read whole before anything begins: the file may change under a run of
     # In a session of its own: signals reach this script alone, which passes them on as a request.
     setsid "${launcher[@]}" pipeline/pretrain.py "$@" &
     session=$!
+    asked=
     stop() {
-        [ ! -e "$SPIKELM_JOB/stop" ] || pkill -KILL -s "$session" || true
+        if [ -z "$asked" ]; then
+            asked=$SECONDS
+            echo "stopping after the step under way; the same again kills" >&2
+        elif [ $((SECONDS - asked)) -gt 2 ]; then # a supervisor may signal twice in a row
+            pkill -KILL -s "$session" || true
+        fi
         touch "$SPIKELM_JOB/stop"
     }
     trap stop INT TERM
@@ -74,7 +80,7 @@ main() { # read whole before anything begins: the file may change under a run of
     if [ -s "$SPIKELM_JOB/exit_code" ]; then
         exit "$(<"$SPIKELM_JOB/exit_code")"
     fi
-    [ "$code" -ne 0 ] || echo "error: the launcher ended before its processes said how: it was killed" >&2
+    echo "error: the launcher ended (exit code $code) before a process of the run could say why: see above" >&2
     exit $((code == 0 ? 1 : code))
 }
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, check_folder
 from data_prep.shards import CorruptShard, ShardReader
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
-from pipeline.config import DataSettings, RunConfig
+from pipeline.config import DataSettings, RunConfig, accumulation_steps
 from pipeline.ending import BAD_INPUT, AlreadyTold, Stopped
 from pipeline.loader import Batch, ElasticLoader, MakeBatch, heldout_batches, order_identity
 from pipeline.objectives import SpecialTokens, pretraining_batch
@@ -62,6 +62,7 @@ class Corpus:
 
     def check(self) -> None:
         """Raises ValueError where the rows do not make a global batch for these ranks, or none is held out."""
+        accumulation_steps(self.config, self.world.size)
         try:
             self.train_batches(0, 0)
             self.heldout_batches()
@@ -82,8 +83,7 @@ def build_missing_shards(settings: DataSettings, stop: StopRequest) -> None:
         return
     if settings.tokenizer_recipe is not None:
         _run_command(["data_prep.train_tokenizer", "--recipe", settings.tokenizer_recipe], stop)
-    recipe = ["--recipe", settings.shards_recipe, "--output", settings.shards]
-    _run_command(["data_prep.build_shards", *recipe], stop)
+    _run_command(["data_prep.build_shards", "--recipe", settings.shards_recipe], stop)
 
 
 def _run_command(command: list[str], stop: StopRequest) -> None:

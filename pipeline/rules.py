@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.files import is_path
 from data_prep.recipes import Rule
-from models.config import PRESETS, SpikeLMConfig, preset
+from models.config import FAMILIES, PRESETS, SpikeLMConfig, preset
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "training.global_batch_size",
@@ -76,7 +77,11 @@ def _override_faults(name: str, overrides: Mapping[str, Any]) -> Iterator[str]:
             faults.append(f"model.overrides.{field}: {value!r} {reason}")
     if not faults and name in PRESETS:
         try:
-            preset(name, **overrides)
+            family = preset(name, **overrides).family
+            if FAMILIES[family].causal:
+                faults.append(
+                    f"model.preset: {name!r} is a decoder (family {family}), which is not trained yet: use an encoder"
+                )
         except ValueError as error:
             faults.append(f"model.overrides: {error}")
     yield from faults
@@ -87,13 +92,30 @@ def _warm_start_faults(folder: str | None) -> Iterator[str]:
         yield f"model.warm_start: {folder!r} holds no model.safetensors: name the folder of a saved BERT model"
 
 
-def _builder_faults(shards_recipe: str | None, tokenizer_recipe: str | None) -> Iterator[str]:
+def _builder_faults(shards: str, shards_recipe: str | None, tokenizer_recipe: str | None) -> Iterator[str]:
     recipes = {"data.shards_recipe": shards_recipe, "data.tokenizer_recipe": tokenizer_recipe}
     for name, recipe in recipes.items():
         if recipe is not None and not os.path.isfile(recipe):
             yield f"{name}: {recipe!r} does not exist: name a recipe, such as those of launch/recipes/data"
     if tokenizer_recipe is not None and shards_recipe is None:
         yield f"data.tokenizer_recipe: {tokenizer_recipe!r} has no effect without data.shards_recipe: name that, too"
+    if shards_recipe is not None and os.path.isfile(shards_recipe):
+        built = _output_of(shards_recipe)
+        if built is not None and Path(built) != Path(shards):
+            yield (
+                f"data.shards: {shards!r}, but data.shards_recipe {shards_recipe!r} builds {built!r}: name that, or "
+                "set data.shards_recipe and data.tokenizer_recipe to null"
+            )
+
+
+def _output_of(recipe: str) -> str | None:
+    """Where a recipe of data_prep builds; None where it does not say so: the command that reads it will tell."""
+    try:
+        tree = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    output = tree.get("output") if isinstance(tree, dict) else None
+    return output if isinstance(output, str) else None
 
 
 def _shuffle_faults(run: int, window: int | None) -> Iterator[str]:
@@ -160,7 +182,7 @@ RULES = (
     Rule(("model.preset",), _preset_faults),
     Rule(("model.preset", "model.overrides"), _override_faults),
     Rule(("model.warm_start",), _warm_start_faults),
-    Rule(("data.shards_recipe", "data.tokenizer_recipe"), _builder_faults),
+    Rule(("data.shards", "data.shards_recipe", "data.tokenizer_recipe"), _builder_faults),
     Rule(("data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),

@@ -218,6 +218,20 @@ def test_each_fault_names_field_value_and_remedy(load, overrides, expected):
     assert expected in fault
 
 
+def test_shards_are_where_their_recipe_builds_them():
+    demo = ["--recipe", "launch/recipes/demo.yaml"]
+    assert load_run_config(demo).data.shards == "data/demo"
+    with pytest.raises(ConfigError, match="data.shards: 'data/my', but data.shards_recipe .* builds 'data/demo'"):
+        load_run_config([*demo, "--data.shards", "data/my"])
+    none = ["--data.shards_recipe", "null", "--data.tokenizer_recipe", "null"]
+    assert load_run_config([*demo, "--data.shards", "data/my", *none]).data.shards == "data/my"
+
+
+def test_a_decoder_is_refused_before_it_is_built():
+    with pytest.raises(ConfigError, match="model.preset: 'decoder-tiny' is a decoder .family llama., which is not"):
+        load_run_config(["--recipe", "tests/distributed/tiny.yaml", "--model.preset", "decoder-tiny"])
+
+
 @pytest.mark.parametrize("field", ["resume", "model.warm_start", "data.shards_recipe"])
 def test_a_name_too_long_for_a_file_is_a_fault(load, field):
     (fault,) = faults_of(load, f"--{field}={'a' * 300}")

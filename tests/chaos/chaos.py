@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import psutil
@@ -260,8 +261,8 @@ def differences(whole, run, config):
         yield f"DONE says {(run / DONE).read_text()!r}"
     ours, theirs = (_records(path / METRICS_FILE) for path in (run, whole))
     if ours != theirs:
-        different = [(one, other) for one, other in zip(ours, theirs, strict=False) if one != other]
-        yield f"metrics.jsonl has {len(ours)} lines, expected {len(theirs)}; first difference: {different[:1]}"
+        different = (one for one, other in zip_longest(ours, theirs) if one != other)
+        yield f"metrics.jsonl has {len(ours)} lines, expected {len(theirs)}; the first that differs is {next(different)}"
     try:
         assert_same_end(whole, run, last)
     except AssertionError as error:
