@@ -261,8 +261,8 @@ def differences(whole, run, config):
         yield f"DONE says {(run / DONE).read_text()!r}"
     ours, theirs = (_records(path / METRICS_FILE) for path in (run, whole))
     if ours != theirs:
-        different = (one for one, other in zip_longest(ours, theirs) if one != other)
-        yield f"metrics.jsonl has {len(ours)} lines, expected {len(theirs)}; the first that differs is {next(different)}"
+        different = next(one for one, other in zip_longest(ours, theirs) if one != other)
+        yield f"metrics.jsonl has {len(ours)} lines, expected {len(theirs)}; the first that differs is {different}"
     try:
         assert_same_end(whole, run, last)
     except AssertionError as error:
