@@ -17,7 +17,6 @@ from types import FrameType
 
 import psutil
 
-SCRIPT = "pretrain.sh"
 JOB_FOLDER = "SPIKELM_JOB"
 """Environment variable with the folder that launch/pretrain.sh shares with its processes: `stop`, `exit_code`."""
 
@@ -33,10 +32,8 @@ class StopRequest:
         at_once: called from a thread at a request while it is set: for the time in which there is nothing to save.
     """
 
-    def __init__(self, at_once: "Callable[[StopRequest], object] | None" = None) -> None:
+    def __init__(self, at_once: Callable[[], object] | None = None) -> None:
         self.reason: str | None = None
-        self.is_bereaved = False
-        """Whether DeepSpeed's launcher asked because another process has died: to it that is all the same."""
         self.at_once = at_once
 
     def listen(self) -> None:
@@ -62,7 +59,6 @@ class StopRequest:
         while True:
             heard = ear.recv(1)[0] if select.select([ear], [], [], POLL_SECONDS)[0] else None
             if heard in SIGNALS:  # others are heard, too: of children that have ended
-                self.is_bereaved = _has_lost_siblings(launchers)
                 self._note(signal.Signals(heard).name)
             elif launchers is None or not all(map(_is_alive, launchers)):
                 self._note("the loss of its launcher")
@@ -70,7 +66,7 @@ class StopRequest:
                 self._note("launch/pretrain.sh")
             at_once = self.at_once  # the main thread may set it to None now
             if self.reason is not None and at_once is not None:
-                at_once(self)
+                at_once()
 
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -121,17 +117,7 @@ def _launchers() -> list[psutil.Process] | None:
         # Under a launcher of another name its process is watched alone, if it is still there.
         return ancestors[:1] if names[:1] and parent in names[0] and len(ancestors) > 2 else None
     has_script = JOB_FOLDER in os.environ and not names[front].startswith(("sshd", "prted", "orted"))
-    if has_script and names[front + 1 : front + 2] != [SCRIPT]:
-        return None  # it has gone already, and somebody else adopted its child
     return ancestors[: front + 1 + has_script]
-
-
-def _has_lost_siblings(launchers: list[psutil.Process] | None) -> bool:
-    """Whether DeepSpeed's launch.py has fewer children than it has started."""
-    try:
-        return bool(launchers) and len(launchers[0].children()) < int(os.environ.get("LOCAL_SIZE", 0))
-    except psutil.Error:
-        return False
 
 
 def _name(process: psutil.Process) -> str:

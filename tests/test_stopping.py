@@ -48,7 +48,7 @@ print("asked to stop by", stop.reason)
 WAITS = """
 import ctypes
 
-stop.at_once = lambda request: say("reason", stop.reason)
+stop.at_once = lambda: say("reason", stop.reason)
 mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 while not library.pthread_mutex_lock(mutex):
     say("waits", "")
