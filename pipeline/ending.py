@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from pipeline.stopping import JOB_FOLDER
+from pipeline.stopping import JOB_FOLDER, StopRequest
 
 Result = TypeVar("Result")
 
@@ -209,6 +209,18 @@ def _told_by_launcher(name: str) -> int:
 def _speaks_without_rank_0(rank: int, local_rank: int) -> bool:
     """Where the store is gone nobody knows who speaks first: one of each machine does, and on rank 0's rank 1."""
     return rank == 1 or local_rank == 0
+
+
+def end_early(stop: StopRequest) -> NoReturn:
+    """End this process on request, before there is anything to save."""
+    speaks = _told_by_launcher("RANK") in (0, 1)  # rank 0 may be the one that has died
+    if stop.is_bereaved:
+        if speaks:
+            _tell(LostProcess("a process of the run died while it started: its own words stand above, if it had any"))
+        leave(PROCESS_LOST)
+    if speaks:
+        _tell(Stopped(f"stopped by {stop.reason} before training began: the same command begins it"))
+    leave(STOPPED)
 
 
 def first_line(error: BaseException) -> str:

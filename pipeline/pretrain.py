@@ -7,13 +7,12 @@ same command again resumes where the run stands. Exit codes: pipeline/ending.py.
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint import Checkpointer, find_start
 from pipeline.config import RunConfig, load_run_config
 from pipeline.corpus import build_missing_shards, open_corpus
-from pipeline.ending import FINISHED, STOPPED, Stopped, end_by, leave, leave_code
+from pipeline.ending import FINISHED, STOPPED, Stopped, end_by, end_early, leave_code
 from pipeline.engine import build_engine, seed_dropout, seed_weights, start_world
 from pipeline.metrics import Metrics
 from pipeline.model import build_model
@@ -80,7 +79,7 @@ def _say_stopped(step: int, total_steps: int, stopped_by: str | None) -> None:
 def main(arguments: Sequence[str]) -> int:
     """The command. Its exit codes, and what it says where it cannot go on, are those of pipeline.ending."""
     outlive_readers()
-    stop = StopRequest(at_once=partial(leave, STOPPED))
+    stop = StopRequest(at_once=end_early)
     stop.listen()
     if not any(argument.partition("=")[0] in ("--recipe", "--help", "-h") for argument in arguments):
         arguments = ["--recipe", DEFAULT_RECIPE, *arguments]

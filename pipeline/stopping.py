@@ -17,6 +17,7 @@ from types import FrameType
 
 import psutil
 
+SCRIPT = "pretrain.sh"
 JOB_FOLDER = "SPIKELM_JOB"
 """Environment variable with the folder that launch/pretrain.sh shares with its processes: `stop`, `exit_code`."""
 
@@ -32,8 +33,10 @@ class StopRequest:
         at_once: called from a thread at a request while it is set: for the time in which there is nothing to save.
     """
 
-    def __init__(self, at_once: Callable[[], object] | None = None) -> None:
+    def __init__(self, at_once: "Callable[[StopRequest], object] | None" = None) -> None:
         self.reason: str | None = None
+        self.is_bereaved = False
+        """Whether DeepSpeed's launcher asked because another process has died: to it that is all the same."""
         self.at_once = at_once
 
     def listen(self) -> None:
@@ -59,6 +62,7 @@ class StopRequest:
         while True:
             heard = ear.recv(1)[0] if select.select([ear], [], [], POLL_SECONDS)[0] else None
             if heard in SIGNALS:  # others are heard, too: of children that have ended
+                self.is_bereaved = _has_lost_siblings(launchers)
                 self._note(signal.Signals(heard).name)
             elif launchers is None or not all(map(_is_alive, launchers)):
                 self._note("the loss of its launcher")
@@ -66,7 +70,7 @@ class StopRequest:
                 self._note("launch/pretrain.sh")
             at_once = self.at_once  # the main thread may set it to None now
             if self.reason is not None and at_once is not None:
-                at_once()
+                at_once(self)
 
     def _note(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -117,7 +121,17 @@ def _launchers() -> list[psutil.Process] | None:
         # Under a launcher of another name its process is watched alone, if it is still there.
         return ancestors[:1] if names[:1] and parent in names[0] and len(ancestors) > 2 else None
     has_script = JOB_FOLDER in os.environ and not names[front].startswith(("sshd", "prted", "orted"))
+    if has_script and not any(map(_runs_script, ancestors[front + 1 : front + 2])):
+        return None  # it has gone already, and somebody else adopted its child
     return ancestors[: front + 1 + has_script]
+
+
+def _has_lost_siblings(launchers: list[psutil.Process] | None) -> bool:
+    """Whether DeepSpeed's launch.py has fewer children than it has started."""
+    try:
+        return bool(launchers) and len(launchers[0].children()) < int(os.environ.get("LOCAL_SIZE", 0))
+    except psutil.Error:
+        return False
 
 
 def _name(process: psutil.Process) -> str:
@@ -129,6 +143,14 @@ def _name(process: psutil.Process) -> str:
         return Path(module).name.rpartition(".")[2] if is_python else process.name()
     except psutil.Error:
         return ""
+
+
+def _runs_script(process: psutil.Process) -> bool:
+    """Whether this is launch/pretrain.sh: its process has the name of the shell that reads it."""
+    try:
+        return any(Path(word).name == SCRIPT for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -16,6 +16,9 @@ from tests.ranks import wait_for
 # What every launcher does: it starts a command and waits for its end.
 LAUNCHER = f"#!{sys.executable}\nimport subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))\n"
 
+# The same by a shell script, which is a process of the shell's name.
+SCRIPT = '#!/usr/bin/env bash\n"$@" &\nwait $!\n'
+
 # Says in files of its folder how it is; works until it is asked to stop, and then until the test has seen enough.
 WATCHED = """
 import os, sys, time
@@ -48,7 +51,7 @@ print("asked to stop by", stop.reason)
 WAITS = """
 import ctypes
 
-stop.at_once = lambda: say("reason", stop.reason)
+stop.at_once = lambda request: say("reason", stop.reason)
 mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 while not library.pthread_mutex_lock(mutex):
     say("waits", "")
@@ -107,7 +110,7 @@ def watched(folder, *launchers, by=(), program=WATCHED, **variables):
     """A Watched that the first of `launchers` has started through all others and the command `by`."""
     (folder / "watched.py").write_text(program)
     for name in launchers:
-        (folder / name).write_text(LAUNCHER)
+        (folder / name).write_text(SCRIPT if name.endswith(".sh") else LAUNCHER)
         (folder / name).chmod(0o755)
     command = [*(folder / name for name in launchers), *by, sys.executable, folder / "watched.py", folder]
     with started(command, **variables) as process:
@@ -122,7 +125,7 @@ def watched(folder, *launchers, by=(), program=WATCHED, **variables):
 def kill(watched, name):
     """SIGKILL to the launcher of that name."""
     above = watched.process.parents()
-    next(process for process in above if process.name() == name).kill()
+    next(process for process in above if name in (process.name(), *map(os.path.basename, process.cmdline()))).kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -158,7 +161,7 @@ def test_the_script_asks_by_a_file(tmp_path):
     ("launchers", "job", "watched_for"),
     [
         (["nohup", "deepspeed", "launch.py"], False, ["launch.py", "deepspeed"]),
-        (["pretrain.sh", "deepspeed", "launch.py"], True, ["launch.py", "deepspeed", "pretrain.sh"]),
+        (["pretrain.sh", "deepspeed", "launch.py"], True, ["launch.py", "deepspeed", "bash"]),
         (["nohup", "sshd", "shell", "launch.py"], True, ["launch.py", "shell", "sshd"]),
     ],
 )
@@ -178,9 +181,16 @@ def test_the_loss_of_a_launcher_is_noticed(tmp_path, lost):
         assert process.reason() == "the loss of its launcher"
 
 
-def test_a_launcher_may_be_lost_before_anyone_listens(tmp_path):
-    with watched(tmp_path, "deepspeed", "launch.py", **BY_DEEPSPEED) as process:
-        for name in ("deepspeed", "launch.py"):
+@pytest.mark.parametrize(
+    ("launchers", "lost", "variables"),
+    [
+        (["deepspeed", "launch.py"], ["deepspeed", "launch.py"], {}),
+        (["pretrain.sh", "deepspeed", "launch.py"], ["pretrain.sh"], {JOB_FOLDER: "/"}),
+    ],
+)
+def test_a_launcher_may_be_lost_before_anyone_listens(tmp_path, launchers, lost, variables):
+    with watched(tmp_path, *launchers, **BY_DEEPSPEED, **variables) as process:
+        for name in lost:
             kill(process, name)
         process.listen()
         assert process.reason() == "the loss of its launcher"

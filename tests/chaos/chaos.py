@@ -41,7 +41,7 @@ END_SECONDS = 1200.0
 STARTS_UNDER_FIRE = 4.0
 """Kills fall into so many times the time that a job takes to start: in three of four it trains by then."""
 PATIENCE = 5
-"""So many faults end the whole."""
+"""So many faults end the whole; so many kills that miss are bad luck."""
 
 PHASES = ("launching", "starting", "loading", "stepping", "evaluating", "saving", "finishing")
 """Before there is a rank; before rank 0 holds the run's folder; before it says where it starts; the loop; the end."""
@@ -163,7 +163,7 @@ class Campaign:
             hit = None
             while hit is None and self._await(job, watch, lambda: is_time(job, watch)):
                 hit = self._kill(launcher, job, watch, is_time, choose)
-            self._review(job, watch, undisturbed=hit is None)
+            self._review(job, watch, hit)
         if hit:
             self.hits.append(hit)
             print(f"kill {len(self.hits):>3}: {hit}", flush=True)
@@ -176,7 +176,7 @@ class Campaign:
         with job:
             if self._await(job, watch, lambda: job.seconds > END_SECONDS):
                 self.fault(f"{job.log}: not at its end after {END_SECONDS:g} s")
-            self._review(job, watch, undisturbed=True)
+            self._review(job, watch)
 
     def fault(self, text):
         """Note what must not be, and say it."""
@@ -228,12 +228,14 @@ class Campaign:
         phase = before if before == after else f"{before} or {after}"
         return Hit(launcher, name, seconds, phase, watch.start(), gone, job.process.poll())
 
-    def _review(self, job, watch, undisturbed):
-        """Whether the job went on from where the run stood and, where it ended by itself, is what it must be."""
-        start = watch.start()
+    def _review(self, job, watch, hit=None):
+        """Whether the job went on from where the run stood, and ended as it must, by the kill or at the last step."""
+        start, newest = watch.start(), max(_sealed(self._run), default=0)
         if start not in (None, watch.newest):
             self.fault(f"{job.log}: started from step {start}; the newest whole checkpoint was that of {watch.newest}")
-        if not undisturbed:
+        if hit and hit.phase in ("launching", "starting") and newest > watch.newest:
+            self.fault(f"{job.log}: trained up to step {newest}, though {hit.victim} was killed long before")
+        if hit:
             return
         if (code := job.process.poll()) != 0 or not (self._run / DONE).exists():
             self.fault(f"{job.log}: exit code {code} though nobody had killed it:\n{job.output()[-3000:]}")

@@ -2,12 +2,13 @@
 
 import pytest
 
-from tests.chaos.chaos import Campaign, summary
+from tests.chaos.chaos import PATIENCE, Campaign, summary
 from tests.distributed.runs import run_arguments
 
 AIMS = (
     ("deepspeed", "saving", "rank 1"),
     ("deepspeed", "starting", "launch.py"),
+    ("pretrain.sh", "starting", "pretrain.sh"),
     ("pretrain.sh", "loading", "deepspeed"),
     ("pretrain.sh", "stepping", "rank 0"),
     ("mpirun", "evaluating", "mpirun"),
@@ -26,12 +27,15 @@ def campaign(runs, tiny_shards, tmp_path):
 def test_a_run_survives_every_kill_and_ends_as_if_there_had_been_none(campaign):
     for launcher, phase, victim in AIMS:
         # A phase may be over before the kill: then the kill counts, but the aim is taken again.
-        while not campaign.faults and (phase, victim) not in [(hit.phase, hit.victim) for hit in campaign.hits]:
+        for _ in range(PATIENCE):
             campaign.strike(launcher, in_phase(phase), only(victim))
+            if campaign.faults or (phase, victim) in [(hit.phase, hit.victim) for hit in campaign.hits]:
+                break
+        else:
+            campaign.fault(f"{PATIENCE} kills have not hit {victim} while {phase}")
     campaign.finish()
     print(summary(campaign.hits))
     assert not campaign.faults
-    assert len(campaign.hits) >= 5
     assert not campaign.shared_memory()
 
 
