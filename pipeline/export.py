@@ -85,16 +85,17 @@ def prove(model: PreTrainedModel, folder: Path) -> None:
 
 
 def probe_batch(config: SpikeLMConfig) -> dict[str, Tensor]:
-    """Two rows of random tokens in two segments that use every position, the second one half padding."""
+    """Two rows of random tokens that use every position, and every segment there is; the second one half padding."""
     length = config.max_position_embeddings
     generator = torch.Generator().manual_seed(0)
     position = torch.arange(length).expand(2, length)
-    segments = (position >= length // 3).long().clamp(max=config.type_vocab_size - 1)
-    return {
+    batch = {
         "input_ids": torch.randint(config.vocab_size, (2, length), generator=generator),
         "attention_mask": (position < torch.tensor([[length], [(length + 1) // 2]])).long(),
-        "token_type_ids": segments,
     }
+    if config.type_vocab_size is not None:
+        batch["token_type_ids"] = (position >= length // 3).long().clamp(max=config.type_vocab_size - 1)
+    return batch
 
 
 def _run_elsewhere(folder: Path, auto_class: str, inputs: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:

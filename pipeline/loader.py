@@ -22,6 +22,9 @@ class RowReader(Protocol):
     fingerprint: str
     """Names the contents: another set of rows, or another order of them, has another fingerprint."""
 
+    row_length: int
+    """Tokens of a row."""
+
     def __len__(self) -> int: ...
 
     def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -43,6 +46,29 @@ class Batch(NamedTuple):
     tensors: dict[str, Tensor]
     sample_ids: Tensor  # int64 [B]
     epochs: Tensor  # int64 [B]
+
+
+class SplitRows:
+    """Causal rows in equal parts of `sample_length` tokens: sample s is part s % parts of row s // parts.
+
+    The fingerprint is that of the rows. Where a row's padding fills a part, the sample has no tokens.
+    """
+
+    def __init__(self, reader: RowReader, sample_length: int) -> None:
+        self.fingerprint = reader.fingerprint
+        self.row_length = sample_length
+        self._reader = reader
+        self._parts = reader.row_length // sample_length
+
+    def __len__(self) -> int:
+        return len(self._reader) * self._parts
+
+    def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
+        rows = self._reader.read(sample_ids // self._parts)
+        part = sample_ids % self._parts
+        ids = rows["ids"].reshape(len(sample_ids), self._parts, self.row_length)[np.arange(len(sample_ids)), part]
+        length = rows["length"].astype(np.int64) - part * self.row_length
+        return {"ids": ids, "length": length.clip(0, self.row_length)}
 
 
 class ElasticLoader(Dataset):

@@ -8,14 +8,14 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.tokenization import vocabulary_size
 from models.amplitudes import spiking_stack
 from models.config import SpikeLMConfig, preset
-from models.modeling import SpikeLMForMaskedLM, SpikeLMForPreTraining
+from models.modeling import SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMPreTrainedModel
 from models.warm_start import load_bert
 from pipeline.checkpoint import CheckpointError, read_weights
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, is_decoder
 from pipeline.corpus import Corpus
 
 
-def build_model(config: RunConfig, corpus: Corpus) -> tuple[SpikeLMForMaskedLM, list[str]]:
+def build_model(config: RunConfig, corpus: Corpus) -> tuple[SpikeLMPreTrainedModel, list[str]]:
     """The recipe's model for the corpus: freshly initialised, or with the weights of model.warm_start.
 
     Also returns what a warm start has to remark. Raises ValueError, with all faults, where the corpus does not fit.
@@ -39,14 +39,14 @@ def _refuse_misfit(config: SpikeLMConfig, corpus: Corpus) -> None:
         )
     if config.max_position_embeddings < corpus.train.row_length:
         faults.append(
-            f"the rows have {corpus.train.row_length} tokens, the model {config.max_position_embeddings} positions: "
-            "raise model.overrides.max_position_embeddings, or build shorter rows"
+            f"the samples have {corpus.train.row_length} tokens, the model {config.max_position_embeddings} positions: "
+            "raise model.overrides.max_position_embeddings, or build shorter rows (causal ones: set data.sample_length)"
         )
     if faults:
         raise ValueError("; ".join(faults))
 
 
-def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> SpikeLMForMaskedLM:
+def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> SpikeLMPreTrainedModel:
     """The recipe's model with the fp32 weights and the amplitudes of its checkpoint, ready for use.
 
     Raises CheckpointError where the checkpoint is of another model.
@@ -59,12 +59,13 @@ def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpo
     return model.eval()
 
 
-def _untrained(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpikeLMForMaskedLM:
+def _untrained(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpikeLMPreTrainedModel:
     settings = config.model
-    model_config = preset(
-        settings.preset,
-        neuron=settings.neuron,
-        **{"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **settings.overrides},
-    )
+    of_tokenizer = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if is_decoder(settings):  # so that generation knows where to begin and to end
+        of_tokenizer |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model_config = preset(settings.preset, neuron=settings.neuron, **{**of_tokenizer, **settings.overrides})
+    if model_config.traits.causal:
+        return SpikeLMForCausalLM(model_config)
     heads = SpikeLMForPreTraining if config.objective.next_sentence else SpikeLMForMaskedLM
     return heads(model_config)

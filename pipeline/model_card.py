@@ -12,19 +12,23 @@ from pipeline.checkpoint import TrainState
 Record = Mapping[str, Any]
 """A line of metrics.jsonl."""
 
-HEADER = {"library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["spikelm", "spiking", "masked-lm"]}
+TASKS = {False: ("fill-mask", "masked-lm"), True: ("text-generation", "causal-lm")}
+"""Of encoders and decoders: transformers' pipeline, and a tag of the card."""
 
-USAGE = """\
-The folder carries the code of its model: torch and transformers are enough. Read that code before you trust it.
+CODE = (
+    "The folder carries the code of its model: torch and transformers are enough. Read that code before you trust it."
+)
 
-```python
+ENCODER_USAGE = """\
 from transformers import AutoModelForSequenceClassification, pipeline
 
 pipeline("fill-mask", model=FOLDER, trust_remote_code=True)("A word of this text is {mask}.")
-AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=2, trust_remote_code=True)  # to be fine-tuned
-```
+AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=2, trust_remote_code=True)  # to be fine-tuned"""
 
-AutoModel, AutoModelForMaskedLM and AutoModelForPreTraining open it as well."""
+DECODER_USAGE = """\
+from transformers import pipeline
+
+pipeline("text-generation", model=FOLDER, trust_remote_code=True)("Once upon a time", max_new_tokens=50)"""
 
 
 def describe_model(
@@ -36,22 +40,32 @@ def describe_model(
 ) -> str:
     """The card: Markdown, with the header that model hubs read. `records` are the run's, up to the exported step."""
     sections = {
-        "Use": USAGE.format(mask=tokenizer.mask_token),
+        "Use": _usage(model, tokenizer),
         "Losses": _losses(records),
         "Firing rates": _firing_rates(records),
         "Data": _data(manifest),
         "Recipe": _block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items()]
-    header = f"---\n{yaml.safe_dump(HEADER, sort_keys=False)}---"
+    task, tag = TASKS[model.config.traits.causal]
+    tags = {"library_name": "transformers", "pipeline_tag": task, "tags": ["spikelm", "spiking", tag]}
+    header = f"---\n{yaml.safe_dump(tags, sort_keys=False)}---"
     return "\n\n".join([header, f"# {state.recipe['name']}\n\n{_summary(model, state)}", *body]) + "\n"
+
+
+def _usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    if model.config.traits.causal:
+        return f"{CODE}\n\n{_block('python', DECODER_USAGE)}\n\nAutoModel and AutoModelForCausalLM open it as well."
+    block = _block("python", ENCODER_USAGE.format(mask=tokenizer.mask_token))
+    return f"{CODE}\n\n{block}\n\nAutoModel, AutoModelForMaskedLM and AutoModelForPreTraining open it as well."
 
 
 def _summary(model: PreTrainedModel, state: TrainState) -> str:
     config, neuron = model.config, model.config.neuron
     spikes = f"{neuron.kind} neurons over {neuron.num_timesteps} timesteps before every linear layer"
+    kind = "decoder" if config.traits.causal else "encoder"
     return (
-        f"SpikeLM encoder with {'no spiking neurons' if neuron.kind == 'none' else spikes}: "
+        f"SpikeLM {kind} with {'no spiking neurons' if neuron.kind == 'none' else spikes}: "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, {model.num_parameters():,} parameters in "
         f"{str(model.dtype).removeprefix('torch.')}, sequences of up to {config.max_position_embeddings} tokens. "
         f"Pretrained for {state.step:,} steps on {state.samples_consumed:,} samples by {state.world_size} process(es)."

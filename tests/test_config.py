@@ -20,7 +20,15 @@ from data_prep.recipes import (
     settings_from_dict,
     settings_to_dict,
 )
-from pipeline.config import RunConfig, accumulation_steps, build_ds_config, differences, load_run_config, zero_stage
+from pipeline.config import (
+    RunConfig,
+    accumulation_steps,
+    build_ds_config,
+    differences,
+    is_decoder,
+    load_run_config,
+    zero_stage,
+)
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = {
@@ -42,7 +50,7 @@ PLAIN = {
     NoneType: st.none(),
     bool: st.booleans(),
     int: st.integers(0, 2**70),
-    float: st.floats(0, 1) | st.floats(0, 1e300),
+    float: st.one_of(*[st.floats(0, 1)] * 4, st.floats(0, 1e300)),  # shares are many
     str: text,
     dict[str, Any]: st.dictionaries(text, trees, max_size=3),
 }
@@ -227,9 +235,11 @@ def test_shards_are_where_their_recipe_builds_them():
     assert load_run_config([*demo, "--data.shards", "data/my", *none]).data.shards == "data/my"
 
 
-def test_a_decoder_is_refused_before_it_is_built():
-    with pytest.raises(ConfigError, match="model.preset: 'decoder-tiny' is a decoder .family llama., which is not"):
-        load_run_config(["--recipe", "tests/distributed/tiny.yaml", "--model.preset", "decoder-tiny"])
+def test_fields_of_masking_are_refused_for_a_decoder():
+    tiny = ["--recipe", "tests/distributed/tiny.yaml", "--model.preset", "decoder-tiny"]
+    assert is_decoder(load_run_config([*tiny, "--objective.next_sentence", "true"]).model)  # as a saved recipe has it
+    with pytest.raises(ConfigError, match=r"objective\.mask_probability: 0\.3 has no effect on decoder-tiny"):
+        load_run_config([*tiny, "--objective.mask_probability", "0.3"])
 
 
 @pytest.mark.parametrize("field", ["resume", "model.warm_start", "data.shards_recipe"])

@@ -5,6 +5,7 @@ Writes what each rank saw to <folder>/<case>_rank<r>.safetensors.
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -38,7 +39,8 @@ def train(kind, settings, world):
     model = reference.model(kind)
     spiking_stack(model).set_checkpointing(config.engine.checkpointing)
     engine = build_engine(model, config, world, Path("unused"))
-    trainer = Trainer(engine, config, world, corpus=None, checkpointer=None, metrics=None, state=None, stop=None)
+    corpus = SimpleNamespace(objective=reference.OBJECTIVE)
+    trainer = Trainer(engine, config, world, corpus, checkpointer=None, metrics=None, state=None, stop=None)
     gradients, step = {}, engine.step
 
     def step_after_reading_gradients():

@@ -1,7 +1,5 @@
 """One small training, written down once: what the engines must reproduce, and plain torch to compare them with."""
 
-import functools
-
 import numpy as np
 import torch
 
@@ -21,7 +19,7 @@ from pipeline.config import (
     TrainingSettings,
 )
 from pipeline.loader import ElasticLoader
-from pipeline.objectives import SpecialTokens, count_targets, pretraining_batch
+from pipeline.objectives import MaskedTokens, SpecialTokens, count_targets, loss_sums
 from pipeline.order import OrderState
 
 STEPS = 10
@@ -29,6 +27,7 @@ GLOBAL_BATCH = 8
 VOCABULARY = 61
 ROW_LENGTH = 12
 TOKENS = SpecialTokens(mask=4, special=(0, 1, 2, 3, 4), vocab_size=VOCABULARY)
+OBJECTIVE = MaskedTokens(seed=0, settings=ObjectiveSettings(), tokens=TOKENS)
 RATE = 2e-3
 
 
@@ -75,10 +74,9 @@ def config(*, stage=2, accumulation=1, precision="fp32", checkpointing="none", w
 
 
 def loader(rank=0, world_size=1):
-    make_batch = functools.partial(pretraining_batch, seed=0, settings=ObjectiveSettings(), tokens=TOKENS)
     order = OrderState(seed=0, num_samples=len(Rows()))
     return ElasticLoader(
-        Rows(), make_batch, order=order, global_batch_size=GLOBAL_BATCH, rank=rank, world_size=world_size
+        Rows(), OBJECTIVE.make_batch, order=order, global_batch_size=GLOBAL_BATCH, rank=rank, world_size=world_size
     )
 
 
@@ -124,8 +122,8 @@ def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0):
     losses, first_gradients = [], {}
     for batch in loader().batches(STEPS):
         output = trained(**batch.tensors)
-        counts = count_targets(batch.tensors)
-        loss = output.masked_lm_loss_sum / counts[0] + output.next_sentence_loss_sum / counts[1]
+        counts = count_targets(batch.tensors, OBJECTIVE.losses)
+        loss = (loss_sums(output, OBJECTIVE.losses) / counts).sum()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
