@@ -46,6 +46,7 @@ class Counts:
         unknown_tokens: those that the tokenizer has no name for
         rows: in the shards
         row_tokens: positions of the rows before their padding
+        bytes: of the documents' text in UTF-8
     """
 
     documents: int = 0
@@ -54,6 +55,7 @@ class Counts:
     unknown_tokens: int = 0
     rows: int = 0
     row_tokens: int = 0
+    bytes: int = 0
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))

@@ -46,7 +46,7 @@ class UnitBuilder:
             for document, pieces in zip(documents, self._tokenize(documents), strict=True):
                 if any(pieces):
                     name = "heldout" if is_heldout(document.text, self.heldout_fraction) else "train"
-                    splits[name].add(pieces)
+                    splits[name].add(pieces, len(document.text.encode()))
                 else:
                     empty_documents += 1
             progress.update(len(documents))
@@ -91,10 +91,10 @@ class _Split:
         self.pool: list[TokenizedDocument] = []
         self.pool_tokens = 0
 
-    def add(self, pieces: Sequence[Sequence[int]]) -> None:
+    def add(self, pieces: Sequence[Sequence[int]], num_bytes: int) -> None:
         document = self.builder.layout.join(pieces)
         unknown = np.count_nonzero(document.ids == self.builder.unknown_id)
-        self.counts += Counts(1, len(pieces), len(document.ids), int(unknown))
+        self.counts += Counts(1, len(pieces), len(document.ids), int(unknown), bytes=num_bytes)
         self.pool.append(document)
         self.pool_tokens += len(document.ids)
         if self.pool_tokens >= POOL_TOKENS:

@@ -7,7 +7,7 @@ alpha = k * mean|m| (elastic neurons, Xing et al., ICML 2024), where the mean is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -151,6 +151,24 @@ def update_amplitudes(model: nn.Module, stats: SpikeStats) -> SpikeStats:
         moved = alpha + (1 - config.momentum) * (target - alpha)
         stack.amplitudes.copy_(torch.where(total.sums[..., 1] > 0, moved, alpha))
     return total
+
+
+def keep_timesteps(model: nn.Module, num_timesteps: int) -> None:
+    """Let a model of ours run over its first `num_timesteps` timesteps only, with the amplitudes that these have.
+
+    Raises ValueError for none, and for more than there are: those would need amplitudes, and so a calibration.
+    """
+    stack = spiking_stack(model)
+    neuron = stack.config.neuron
+    if not 1 <= num_timesteps <= neuron.num_timesteps:
+        raise ValueError(
+            f"num_timesteps is {num_timesteps}, but the model has amplitudes for {neuron.num_timesteps}: use 1 to "
+            f"{neuron.num_timesteps}, or build a model with more and calibrate it"
+        )
+    stack.config.neuron = replace(neuron, num_timesteps=num_timesteps)
+    for layer in stack.layers:
+        layer.neuron = stack.config.neuron
+    stack.amplitudes = stack.amplitudes[:, :num_timesteps].clone()
 
 
 def spiking_stack(model: nn.Module) -> nn.Module:

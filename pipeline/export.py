@@ -22,16 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.files import sync_file, sync_folder, write_json
-from data_prep.manifest import Manifest
 from data_prep.recipes import run_command, settings_from_dict
 from models.auto import auto_class_name, save_with_code
 from models.config import SpikeLMConfig
 from models.modeling import AUTO_CLASSES
-from pipeline.checkpoint import TrainState, read_state, resolve_checkpoint
+from pipeline.checkpoint import read_state, resolve_checkpoint
 from pipeline.config import RunConfig
-from pipeline.corpus import open_tokenizer
 from pipeline.metrics import METRICS_FILE, read_metrics
-from pipeline.model import trained_model
+from pipeline.model import open_data, trained_model
 from pipeline.model_card import describe_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +57,7 @@ def export(
     checkpoint = resolve_checkpoint(given)
     state = read_state(checkpoint)
     config = settings_from_dict(RunConfig, state.recipe)
-    manifest, tokenizer = _open_data(shards or Path(config.data.shards), state)
+    manifest, tokenizer = open_data(shards or Path(config.data.shards), state)
     model = trained_model(config, tokenizer, checkpoint).to(DTYPES[dtype])
     card = describe_model(model, tokenizer, state, manifest, _read_run(checkpoint, state.step))
     with _whole_folder(output) as folder:
@@ -115,18 +113,6 @@ def _run_elsewhere(folder: Path, auto_class: str, inputs: dict[str, Tensor], scr
     if result.returncode:
         raise ExportError(f"the exported folder does not open in a process of its own:\n{result.stderr.strip()}")
     return load_file(scratch / "outputs.safetensors")
-
-
-def _open_data(root: Path, state: TrainState) -> tuple[Manifest, PreTrainedTokenizerBase]:
-    """Manifest and tokenizer of the shards that `state` was trained on."""
-    if not root.is_dir():
-        raise ValueError(
-            f"the run's shards {root} do not exist: give the folder that holds them now by --shards FOLDER"
-        )
-    manifest, tokenizer = open_tokenizer(root)
-    if manifest.indexes["train"] != state.data["fingerprint"]:
-        raise ValueError(f"the run was not trained on the shards in {root}: give those that it was by --shards FOLDER")
-    return manifest, tokenizer
 
 
 def _read_run(checkpoint: Path, last_step: int) -> list[dict]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.objectives import ignore_rows
+from pipeline.objectives import without_targets
 from pipeline.order import OrderState, sample_ids
 
 
@@ -143,8 +143,8 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """This rank's batches of one pass over all rows of `reader`, each row once over all ranks, as in epoch 0.
 
-    Every rank gets the same number of batches, all of `batch_size` rows: what is missing at the end is filled with
-    ignored rows, whose sample id is -1. Raises ValueError where there are no rows.
+    Every rank gets the same number of batches, of `batch_size` rows but for the last ones. A rank for which no row is
+    left then gets one that is ignored, whose sample id is -1. Raises ValueError where there are no rows.
     """
     if not len(reader):
         raise ValueError("there are no held-out rows: prepare the data with a larger held-out share")
@@ -175,14 +175,13 @@ def identity_differences(saved: Mapping[str, object], current: Mapping[str, obje
 
 
 def _heldout_batch(reader: RowReader, make_batch: MakeBatch, start: int, batch_size: int) -> Batch:
-    """Rows [start, start + batch_size); those beyond the last row are copies of it that are ignored."""
-    ids = np.minimum(np.arange(start, start + batch_size), len(reader) - 1)
-    batch = _read(reader, make_batch, ids, np.zeros_like(ids))
-    counted = min(max(len(reader) - start, 0), batch_size)
-    if counted == batch_size:
-        return batch
-    batch.sample_ids[counted:] = -1
-    return batch._replace(tensors=ignore_rows(batch.tensors, counted))
+    """The rows from `start` on; where there are none, the last of all, ignored."""
+    ids = np.arange(start, min(start + batch_size, len(reader)))
+    if len(ids):
+        return _read(reader, make_batch, ids, np.zeros_like(ids))
+    last = np.array([len(reader) - 1])
+    batch = _read(reader, make_batch, last, np.zeros_like(last))
+    return batch._replace(tensors=without_targets(batch.tensors), sample_ids=torch.full_like(batch.sample_ids, -1))
 
 
 def _ignore_stops(worker: int) -> None:

@@ -4,15 +4,24 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
-from data_prep.tokenization import vocabulary_size
+from data_prep.manifest import Manifest
+from data_prep.recipes import settings_from_dict
+from data_prep.tokenization import load_tokenizer, vocabulary_size
 from models.amplitudes import spiking_stack
 from models.config import SpikeLMConfig, preset
-from models.modeling import SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMPreTrainedModel
+from models.modeling import (
+    AUTO_CLASSES,
+    SpikeLMForCausalLM,
+    SpikeLMForMaskedLM,
+    SpikeLMForPreTraining,
+    SpikeLMPreTrainedModel,
+)
 from models.warm_start import load_bert
-from pipeline.checkpoint import CheckpointError, read_weights
+from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
 from pipeline.config import RunConfig, is_decoder
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, open_tokenizer
 
 
 def build_model(config: RunConfig, corpus: Corpus) -> tuple[SpikeLMPreTrainedModel, list[str]]:
@@ -57,6 +66,43 @@ def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpo
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint} does not fit the model of its recipe: {error}") from error
     return model.eval()
+
+
+def open_data(root: Path, state: TrainState) -> tuple[Manifest, PreTrainedTokenizerBase]:
+    """Manifest and tokenizer of the shards that `state` was trained on."""
+    if not root.is_dir():
+        raise ValueError(
+            f"the run's shards {root} do not exist: give the folder that holds them now by --shards FOLDER"
+        )
+    manifest, tokenizer = open_tokenizer(root)
+    if manifest.indexes["train"] != state.data["fingerprint"]:
+        raise ValueError(f"the run was not trained on the shards in {root}: give those that it was by --shards FOLDER")
+    return manifest, tokenizer
+
+
+def open_model(
+    given: Path, shards: Path | None = None
+) -> tuple[SpikeLMPreTrainedModel, PreTrainedTokenizerBase, RunConfig | None]:
+    """A trained model, its tokenizer and, where it is a run's, the run's settings.
+
+    Args:
+        given: an exported folder, or what resolve_checkpoint takes.
+        shards: where the shards of a run lie now, if not where its recipe says.
+
+    Raises ValueError where there is no such model; CheckpointError for a damaged one.
+    """
+    if not (given / CONFIG_NAME).is_file():
+        checkpoint = resolve_checkpoint(given)
+        state = read_state(checkpoint)
+        config = settings_from_dict(RunConfig, state.recipe)
+        _, tokenizer = open_data(shards or Path(config.data.shards), state)
+        return trained_model(config, tokenizer, checkpoint), tokenizer, config
+    model_config = SpikeLMConfig.from_pretrained(given)
+    heads = {head.__name__: head for head in AUTO_CLASSES.values()}
+    head = next((heads[name] for name in model_config.architectures or () if name in heads), None)
+    if head is None:
+        raise ValueError(f"{given / CONFIG_NAME} names no model of ours: architectures is {model_config.architectures}")
+    return head.from_pretrained(given).eval(), load_tokenizer(given), None
 
 
 def _untrained(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpikeLMPreTrainedModel:

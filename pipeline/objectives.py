@@ -213,17 +213,12 @@ def count_correct(output: object, batch: Mapping[str, Tensor], losses: Sequence[
     return torch.stack(correct)
 
 
-def ignore_rows(batch: Mapping[str, Tensor], counted: int) -> dict[str, Tensor]:
-    """A copy of `batch` in which only the first `counted` rows have targets.
-
-    The other rows attend to their first token alone, so that attention stays defined.
-    """
-    ignored = {name: tensor.clone() for name, tensor in batch.items()}
-    for name in ignored.keys() & LABELS.values():
-        ignored[name][counted:] = IGNORED
-    ignored["attention_mask"][counted:] = 0
-    ignored["attention_mask"][counted:, 0] = 1
-    return ignored
+def without_targets(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of `batch` that counts for nothing: no targets, and one token a row, so that attention stays defined."""
+    mask = torch.zeros_like(batch["attention_mask"])
+    mask[:, 0] = 1
+    labels = {name: torch.full_like(batch[name], IGNORED) for name in batch.keys() & LABELS.values()}
+    return {**batch, **labels, "attention_mask": mask}
 
 
 def _choose(bits: np.ndarray, candidates: np.ndarray, probability: float) -> np.ndarray:

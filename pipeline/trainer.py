@@ -13,9 +13,10 @@ from pipeline.config import RunConfig, accumulation_steps
 from pipeline.corpus import Corpus
 from pipeline.ending import NonFiniteError
 from pipeline.engine import DeepSpeedEngine
+from pipeline.evaluation import firing_values, tally_batches
 from pipeline.loader import Batch
 from pipeline.metrics import Metrics, Throughput, peak_memory_bytes
-from pipeline.objectives import IGNORED, count_correct, count_targets, loss_sums
+from pipeline.objectives import count_targets, loss_sums
 from pipeline.stopping import StopRequest
 from pipeline.world import World
 
@@ -125,32 +126,13 @@ class Trainer:
         stats = update_amplitudes(self.engine.module, stats)
         return StepResult(losses, stats, learning_rate, norm)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float | dict[str, float]]:
-        """Losses (nats per target) and accuracies on all held-out rows, each row once, masked as in epoch 0.
-
-        `unigram_entropy` is the entropy of the masked targets' own distribution: what a model that knows only how
-        often each token occurs would lose on them.
-        """
+        """Losses, accuracies and firing rates on all held-out rows, each row once, masked as in epoch 0."""
         self.engine.eval()
-        tally, stats = torch.zeros(3, len(self.losses), dtype=torch.float64, device=self.world.device), self._no_stats()
-        occurrences = torch.zeros(self.engine.module.config.vocab_size, dtype=torch.float64, device=self.world.device)
-        for batch in self.corpus.heldout_batches():
-            tensors = self._on_device(batch.tensors)
-            output = self.engine(**tensors)
-            measured = count_targets(tensors, self.losses), loss_sums(output, self.losses)
-            tally += torch.stack([*measured, count_correct(output, tensors, self.losses)])
-            occurrences += torch.bincount(tensors["labels"][tensors["labels"] != IGNORED], minlength=len(occurrences))
-            stats += SpikeStats(output.spike_stats)
-        counts, losses, correct = self.world.sum(tally)
-        values = {"samples_consumed": self.state.samples_consumed}
-        for index, name in enumerate(self.losses):
-            if counts[index] > 0:
-                values[f"{name}_loss"] = float(losses[index] / counts[index])
-                values[f"{name}_accuracy"] = float(correct[index] / counts[index])
-        share = self.world.sum(occurrences) / counts[0].clamp(min=1)
-        values["unigram_entropy"] = float(-torch.xlogy(share, share).sum())
-        return values | self._firing_values(stats.all_reduced())
+        batches = (self._on_device(batch.tensors) for batch in self.corpus.heldout_batches())
+        tally = tally_batches(self.engine, batches, self.losses).summed(self.world)
+        values = {"samples_consumed": self.state.samples_consumed, **tally.values()}
+        return values | firing_values(self.stack.site_names, tally.stats)
 
     def _start(self) -> None:
         """Before the first step: amplitudes of a model that has none, and the losses of the untrained model."""
@@ -217,11 +199,4 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(),
             "samples_consumed": self.state.samples_consumed,
         }
-        return values | self._firing_values(result.stats)
-
-    def _firing_values(self, stats: SpikeStats) -> dict[str, float | dict[str, float]]:
-        """Firing rate over all neurons, and of each site (mean over timesteps); nothing where no neuron stands."""
-        if not self.stack.site_names:
-            return {}
-        rates = dict(zip(self.stack.site_names, stats.firing_rate.mean(1).tolist(), strict=True))
-        return {"firing_rate": sum(rates.values()) / len(rates), "firing_rate_by_site": rates}
+        return values | firing_values(self.stack.site_names, result.stats)

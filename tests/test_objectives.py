@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForCausalLM
 from pipeline.config import ObjectiveSettings
-from pipeline.objectives import IGNORED, SpecialTokens, causal_batch, count_targets, ignore_rows, pretraining_batch
+from pipeline.objectives import IGNORED, SpecialTokens, causal_batch, count_targets, pretraining_batch, without_targets
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 LOSSES = ("masked_lm", "next_sentence")
@@ -79,17 +79,6 @@ def test_neither_company_nor_order_nor_padding_changes_a_row(rows, probability, 
         found = apart[name] if tensor.ndim == 1 else apart[name][:, :row_length]
         assert torch.equal(found, tensor[chosen])
     assert (apart["labels"][:, row_length:] == IGNORED).all()
-
-
-@settings(max_examples=60)
-@given(rows=any_rows(), seed=seeds, next_sentence=st.booleans(), data=st.data())
-def test_ignored_rows_count_for_nothing(rows, seed, next_sentence, data):
-    rows, ids, epochs, tokens = rows
-    batch = make_batch(rows, ids, epochs, seed, tokens, next_sentence=next_sentence)
-    counted = data.draw(st.integers(0, len(ids)))
-    losses = LOSSES if next_sentence else LOSSES[:1]
-    kept = count_targets({name: tensor[:counted] for name, tensor in batch.items()}, losses)
-    assert torch.equal(count_targets(ignore_rows(batch, counted), losses), kept)
 
 
 def test_shapes_and_derived_inputs(pair_rows):
@@ -173,16 +162,15 @@ def test_masks_are_what_they_were():
     ]
 
 
-def test_count_targets_and_ignored_rows(pair_rows):
+def test_count_targets_and_none_of_them(pair_rows):
     batch = make_batch(pair_rows(5, 32), np.arange(5))
     masked = int((batch["labels"] != IGNORED).sum())
     assert count_targets(batch, LOSSES).tolist() == [masked, 5]
     assert count_targets({"labels": batch["labels"]}, LOSSES[:1]).tolist() == [masked]
-    cut = ignore_rows(batch, 2)
-    assert count_targets(cut, LOSSES).tolist() == [int((batch["labels"][:2] != IGNORED).sum()), 2]
-    assert cut["attention_mask"][2:].sum(1).tolist() == [1, 1, 1]
-    assert torch.equal(cut["attention_mask"][:2], batch["attention_mask"][:2])
-    assert count_targets(ignore_rows(batch, 0), LOSSES).tolist() == [0, 0]
+    cut = without_targets(batch)
+    assert count_targets(cut, LOSSES).tolist() == [0, 0]
+    assert cut["attention_mask"].sum(1).tolist() == [1] * 5
+    assert torch.equal(cut["input_ids"], batch["input_ids"])
     assert count_targets(batch, LOSSES).tolist() == [masked, 5], "the batch itself must not change"
 
 
@@ -226,7 +214,7 @@ def test_causal_batch_by_hand():
         [ignored, end, ignored, 5, 5, end, ignored, ignored],
     ]
     assert count_targets(batch, ("causal_lm",)).tolist() == [9]
-    assert count_targets(ignore_rows(batch, 1), ("causal_lm",)).tolist() == [5]
+    assert count_targets(without_targets(batch), ("causal_lm",)).tolist() == [0]
 
 
 def test_a_model_counts_the_same_targets_as_the_objective():
