@@ -22,7 +22,7 @@ def build_model(config: RunConfig, corpus: Corpus) -> tuple[SpikeLMForMaskedLM, 
     """
     model = _untrained(config, corpus.tokenizer)
     _refuse_misfit(model.config, corpus)
-    spiking_stack(model).set_checkpointing(config.engine.checkpointing)
+    spiking_stack(model).set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
     if not config.model.warm_start:
         return model, []
     report = load_bert(model, load_file(Path(config.model.warm_start) / "model.safetensors"))
