@@ -13,12 +13,14 @@ import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from models.layers import SpikeBlock
 from pipeline.build_locks import clear_stale_locks
-from pipeline.config import RunConfig, ScheduleSettings, build_ds_config
+from pipeline.config import RunConfig, ScheduleSettings, build_ds_config, zero_stage
 from pipeline.mixing import Choice, mix
 from pipeline.world import Place, World, join_world
 
@@ -101,6 +103,9 @@ def build_engine(model: nn.Module, config: RunConfig, world: World, run_dir: Pat
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
     )
+    if zero_stage(config) == 3 and any(isinstance(module, SpikeBlock) for module in model.modules()):
+        # A layer's weights are gathered once a pass; linear layer by linear layer it would be once a timestep.
+        set_z3_leaf_modules(model, [SpikeBlock])
     rate_of = learning_rate_factor(config.schedule, config.training.total_steps)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -53,16 +53,23 @@ class Rows:
         return {name: np.asarray(value) for name, value in values.items()}
 
 
-def config(*, stage=2, accumulation=1, precision="fp32", checkpointing="none", world_size=2, clip_norm=0.0):
+def config(
+    *,
+    stage=2,
+    accumulation=1,
+    precision="fp32",
+    checkpointing="none",
+    world_size=2,
+    clip_norm=0.0,
+    ds_config="ds_configs/zero{}.json",
+):
     return RunConfig(
         name="equivalence",
         data=DataSettings(shards="made up"),
         objective=ObjectiveSettings(),
         optimizer=OptimizerSettings(learning_rate=RATE, weight_decay=0.01, clip_norm=clip_norm),
         schedule=ScheduleSettings(warmup_steps=2),
-        engine=EngineSettings(
-            ds_config=f"ds_configs/zero{stage}.json", precision=precision, checkpointing=checkpointing
-        ),
+        engine=EngineSettings(ds_config=ds_config.format(stage), precision=precision, checkpointing=checkpointing),
         training=TrainingSettings(
             total_steps=STEPS,
             global_batch_size=GLOBAL_BATCH,

@@ -100,6 +100,15 @@ def test_tracked_amplitudes_do_not_depend_on_accumulation_or_checkpointing(case,
     )
 
 
+def test_a_layers_weights_are_gathered_once_a_pass_not_once_a_timestep(results):
+    """Where nothing that was gathered is kept: once in every forward and once in every backward."""
+    names = [name for name, _ in reference.model("elastic").named_parameters()]
+    gathers = results["elastic_timestep_released"][0]["gathers"]
+    assert gathers.shape == (reference.STEPS, len(names))
+    layers = torch.tensor([".layers." in name for name in names])
+    assert int(layers.sum()) > 20 and (gathers[:, layers] == 2).all()
+
+
 def test_layer_checkpointing_changes_no_bit(results):
     whole, recomputed = results["elastic_zero2_acc1"][0], results["elastic_layer"][0]
     assert torch.equal(whole["losses"], recomputed["losses"])
