@@ -291,6 +291,12 @@ def zero_stage(config: RunConfig) -> int:
     return _mechanics(config)["zero_optimization"]["stage"]
 
 
+def offloads_optimizer(config: RunConfig) -> bool:
+    """Whether the optimizer's state rests in the CPU's memory (or on a disk) beside GPUs that train."""
+    offload = _mechanics(config)["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
 def _mechanics(config: RunConfig) -> dict[str, Any]:
     return json.loads(Path(config.engine.ds_config).read_text(encoding="utf-8"))
 

@@ -32,6 +32,10 @@ CASES["elastic_layer"] = ("elastic", {"stage": 2, "checkpointing": "layer"})
 # Where ZeRO-3 keeps no weight that it does not need at the moment.
 RELEASED = {"stage": 3, "ds_config": "tests/distributed/zero{}_released.json"}
 CASES["elastic_timestep_released"] = ("elastic", {**RELEASED, "checkpointing": "timestep"})
+# The optimizer's state, and under ZeRO-3 the weights, rest in the CPU's memory; DeepSpeed's own AdamW updates them.
+CASES["none_zero2_offload"] = ("none", {"stage": "2_offload"})
+CASES["none_zero3_offload"] = ("none", {"stage": "3_offload", "accumulation": 4})
+CASES["elastic_zero3_offload"] = ("elastic", {"stage": "3_offload"})
 CASES["none_bf16"] = ("none", {"stage": 2, "precision": "bf16"})
 CASES["elastic_bf16"] = ("elastic", {"stage": 2, "precision": "bf16"})
 CASES["elastic_bf16_zero3"] = ("elastic", {"stage": 3, "precision": "bf16"})

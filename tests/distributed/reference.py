@@ -89,24 +89,26 @@ def loader(rank=0, world_size=1):
     )
 
 
+def model_config(kind):
+    return SpikeLMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=ROW_LENGTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+        neuron=NeuronConfig(kind=kind),
+    )
+
+
 def model(kind):
     """The same weights in every process; elastic amplitudes calibrated on the first global batch."""
     # With these weights no spike lies near its threshold: perturbations up to 1e-6 flip none in STEPS steps.
     torch.manual_seed(17)
-    built = SpikeLMForPreTraining(
-        SpikeLMConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=ROW_LENGTH,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.2,
-            neuron=NeuronConfig(kind=kind),
-        )
-    )
+    built = SpikeLMForPreTraining(model_config(kind))
     if kind == "elastic":
         calibrate_amplitudes(built, next(loader().batches(1)).tensors)
     return built

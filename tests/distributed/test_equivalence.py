@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from safetensors.torch import load_file
 
 from tests.distributed import reference
@@ -17,6 +18,7 @@ FP32 = [name for name in CASES if "bf16" not in name]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What both ranks saw in every case: results[case][rank]."""
+    CPUAdamBuilder().load(verbose=False)  # is compiled on its first use, which takes minutes and no part of the launch
     folder = tmp_path_factory.mktemp("equivalence")
     launch("tests/distributed/equivalence_worker.py", folder)
     return {name: [load_file(folder / f"{name}_rank{rank}.safetensors") for rank in (0, 1)] for name in CASES}
