@@ -65,15 +65,22 @@ class BlockNeurons:
         amplitudes: the block's rows of the table, [sites, T]; filled in site by site where `calibrate` is set.
         counted_BL: which tokens count in the statistics (None: all).
         calibrate: measure the amplitudes instead of reading them. Every rank must take part.
+        carries: where T is run in chunks, what each site's membrane leaves to the next chunk, by site; updated by fire.
     """
 
     def __init__(
-        self, config: NeuronConfig, amplitudes: Tensor, counted_BL: Tensor | None, calibrate: bool = False
+        self,
+        config: NeuronConfig,
+        amplitudes: Tensor,
+        counted_BL: Tensor | None,
+        calibrate: bool = False,
+        carries: dict[int, Tensor] | None = None,
     ) -> None:
         self.config = config
         self.amplitudes = amplitudes
         self.counted_BL = counted_BL
         self.calibrate = calibrate
+        self.carries = carries
         self._sums: list[list[Tensor]] = []
 
     def fire(self, site: int, x_TBLD: Tensor, *, memoryless: bool = False) -> Tensor:
@@ -82,8 +89,12 @@ class BlockNeurons:
         if config.kind == "none":
             return x_TBLD
         self._sums.append([])
+        carry = None if self.carries is None else self.carries.get(site)
         if config.kind == "lif":
-            return run_lif(x_TBLD, leak=config.leak, memoryless=memoryless, observe=self._observe_lif)[0]
+            spikes_TBLD, carry = run_lif(
+                x_TBLD, leak=config.leak, memoryless=memoryless, carry=carry, observe=self._observe_lif
+            )
+            return self._leave(site, spikes_TBLD, carry)
         alpha_T = self.amplitudes[site]
 
         def observe(t: int, m_BLD: Tensor) -> None:
@@ -93,13 +104,21 @@ class BlockNeurons:
 
         if memoryless:
             return run_memoryless(x_TBLD, alpha_T, observe=observe)
-        return run_neuron(x_TBLD, alpha_T, leak=config.leak, reset=config.reset, observe=observe)[0]
+        spikes_TBLD, carry = run_neuron(
+            x_TBLD, alpha_T, leak=config.leak, reset=config.reset, carry=carry, observe=observe
+        )
+        return self._leave(site, spikes_TBLD, carry)
 
     def stats(self) -> Tensor:
         """The sums of SpikeStats for the sites that have fired, [sites, T, 5]; for kind none [0, T, 5]."""
         if not self._sums:
             return torch.zeros(0, self.config.num_timesteps, len(STATISTICS), dtype=torch.float64)
         return torch.stack([torch.stack(per_timestep) for per_timestep in self._sums])
+
+    def _leave(self, site: int, spikes_TBLD: Tensor, carry: Tensor | None) -> Tensor:
+        if self.carries is not None and carry is not None:
+            self.carries[site] = carry
+        return spikes_TBLD
 
     def _observe_lif(self, t: int, m_BLD: Tensor) -> None:
         self._sums[-1].append(_measure_lif(m_BLD, self.counted_BL))

@@ -120,8 +120,12 @@ class EngineSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in forward and backward; the optimizer's copy of the weights is fp32 always."""
 
-    checkpointing: Literal["none", "layer"] = "none"
-    """Activations kept for the backward: all, or each layer's input only, at the price of a second forward."""
+    checkpointing: Literal["none", "layer", "timestep"] = "none"
+    """Activations kept for the backward: all; each layer's input, for a second forward; or (timestep) that, and within
+    a layer what goes from timestep to timestep, for a third one."""
+
+    checkpointing_timesteps: PositiveInt = 1
+    """Timesteps that checkpointing timestep runs again at once: fewer need less memory, more run faster."""
 
     timeout_minutes: PositiveFloat = 10
     """How long a process waits for the others before the run fails."""
@@ -248,6 +252,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "engine.ds_config",
     "engine.checkpointing",
+    "engine.checkpointing_timesteps",
     "engine.timeout_minutes",
     "training.micro_batch_size",
     "training.stop_after_step",
@@ -311,6 +316,12 @@ def build_ds_config(config: RunConfig, world_size: int, run_dir: Path) -> dict[s
 def zero_stage(config: RunConfig) -> int:
     """Which states DeepSpeed partitions: 1 the optimizer's, 2 also gradients, 3 also weights."""
     return _mechanics(config)["zero_optimization"]["stage"]
+
+
+def offloads_optimizer(config: RunConfig) -> bool:
+    """Whether the optimizer's state rests in the CPU's memory (or on a disk) beside GPUs that train."""
+    offload = _mechanics(config)["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 def _mechanics(config: RunConfig) -> dict[str, Any]:

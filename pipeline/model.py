@@ -1,9 +1,13 @@
 """The model that a recipe describes: untrained, as its training starts, or as one of its checkpoints has it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from data_prep.manifest import Manifest
@@ -20,23 +24,52 @@ from models.modeling import (
 )
 from models.warm_start import load_bert
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
-from pipeline.config import RunConfig, is_decoder
+from pipeline.config import RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_tokenizer
+from pipeline.engine import partition_weights
+from pipeline.world import World
 
 
-def build_model(config: RunConfig, corpus: Corpus) -> tuple[SpikeLMPreTrainedModel, list[str]]:
+def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeLMPreTrainedModel, list[str]]:
     """The recipe's model for the corpus: freshly initialised, or with the weights of model.warm_start.
 
+    Under ZeRO-3 no process ever holds more of a fresh model than its share and one module; a warm start is read whole.
     Also returns what a warm start has to remark. Raises ValueError, with all faults, where the corpus does not fit.
     """
-    model = _untrained(config, corpus.tokenizer)
+    with torch.device("meta"):
+        model = _untrained(config, corpus.tokenizer)
     _refuse_misfit(model.config, corpus)
-    spiking_stack(model).set_checkpointing(config.engine.checkpointing)
+    partitioned = zero_stage(config) == 3 and not config.model.warm_start
+    draw_weights(model, partial(partition_weights, config=config, world=world) if partitioned else None)
+    spiking_stack(model).set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
     if not config.model.warm_start:
         return model, []
     report = load_bert(model, load_file(Path(config.model.warm_start) / "model.safetensors"))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     return model, [f"{', '.join(names)} {what}" for what, names in parts.items() if names] + report.remarks
+
+
+def draw_weights(model: PreTrainedModel, finish: Callable[[nn.Module], None] | None = None) -> None:
+    """Give a model that was made on the meta device its weights, drawn in the order of its modules, and its buffers.
+
+    The same generator gives the same weights whatever becomes of them: `finish` is called with each module once its own
+    weights are drawn, and may leave a share of them only. All of them must be _init_weights' business.
+    """
+    drawn: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, empty in module.named_parameters(recurse=False):
+            if empty not in drawn:
+                drawn[empty] = nn.Parameter(torch.empty_like(empty, device="cpu"), empty.requires_grad)
+            setattr(module, name, drawn[empty])
+        for name, empty in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(empty, device="cpu"))
+        model._init_weights(module)
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # where another module shares it, transformers leaves it as it is
+        if finish:
+            finish(module)
+    for parameter in drawn.values():
+        del parameter._is_hf_initialized
 
 
 def _refuse_misfit(config: SpikeLMConfig, corpus: Corpus) -> None:

@@ -26,10 +26,18 @@ OWNED_BY_RECIPE = {
     "fp16": "engine.precision",
     "amp": "engine.precision",
     "torch_autocast": "engine.precision",
-    "activation_checkpointing": "engine.checkpointing",
     "tensorboard": "logging.tensorboard",
 }
 """Keys that a ds_config must leave to the recipe, and the fields that decide there."""
+
+UNSERVICEABLE = {
+    "activation_checkpointing": (
+        "DeepSpeed's own checkpointing is reentrant and reduces a gradient twice where one weight serves several "
+        "timesteps, and its partition_activations empties the input of a layer that the residual still needs: set "
+        "engine.checkpointing to layer or timestep instead"
+    ),
+}
+"""Keys that no recipe can have, and why."""
 
 MECHANICS = (
     "aio",
@@ -135,12 +143,22 @@ def _ds_config_faults(path: str) -> Iterator[str]:
         if key in OWNED_BY_RECIPE:
             what = f"{key} to {json.dumps(value)}"
             yield f"engine.ds_config: {path!r} sets {what}, which {OWNED_BY_RECIPE[key]} decides: remove it there"
+        elif key in UNSERVICEABLE:
+            yield f"engine.ds_config: {path!r} sets {key}, which cannot serve here: {UNSERVICEABLE[key]}"
         elif key not in MECHANICS:
             yield f"engine.ds_config: {path!r} has the unknown key {key}: {_nearest(key, MECHANICS)}"
     zero = mechanics.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (1, 2, 3):  # true is no 1
         yield f"engine.ds_config: {path!r} has zero_optimization.stage {stage!r}: use 1, 2 or 3"
+
+
+def _checkpointing_faults(mode: str, timesteps: int) -> Iterator[str]:
+    if timesteps > 1 and mode != "timestep":
+        yield (
+            f"engine.checkpointing_timesteps: {timesteps} has no effect with engine.checkpointing {mode}: set that to "
+            "timestep, or leave this out"
+        )
 
 
 def _batch_faults(global_batch_size: int, micro_batch_size: int) -> Iterator[str]:
@@ -181,6 +199,7 @@ RULES = (
     Rule(("data.shards", "data.shards_recipe", "data.tokenizer_recipe"), _builder_faults),
     Rule(("data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
     Rule(("engine.ds_config",), _ds_config_faults),
+    Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
     Rule(("schedule.warmup_steps", "training.total_steps"), _schedule_faults),
     Rule(("training.stop_after_step", "training.total_steps"), _stop_faults),

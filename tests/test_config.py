@@ -204,6 +204,10 @@ FAULTS = [
     (["--model.warm_start", "nowhere"], "model.warm_start: 'nowhere' holds no model.safetensors"),
     (["--data.shuffle_run", "64"], "data.shuffle_run: 64 has no effect"),
     (["--engine.ds_config", "nowhere.json"], "engine.ds_config: 'nowhere.json' cannot be read: No such file"),
+    (
+        ["--engine.checkpointing_timesteps", "2"],
+        "engine.checkpointing_timesteps: 2 has no effect with engine.checkpointing none: set that to timestep",
+    ),
     (["--training.stop_after_step", "11"], "training.stop_after_step: 11 comes after"),
     (["--resume", "nowhere"], "resume: 'nowhere' is neither auto nor never"),
     (["--resume", ""], "resume: '' is neither auto nor never"),
@@ -280,7 +284,12 @@ def test_missing_file():
         ('{"zero_optimization": 2}', "stage None: use 1, 2 or 3"),
         ('{"zero_optimization": {"stage": true}}', "stage True: use 1, 2 or 3"),
         ("[" * 100_000, "cannot be read: "),
-        ('{"zero_optimization": {"stage": 2}, "activation_checkpointing": {}}', "which engine.checkpointing decides"),
+        (
+            '{"zero_optimization": {"stage": 2}, "activation_checkpointing": {"partition_activations": true}}',
+            "sets activation_checkpointing, which cannot serve here: DeepSpeed's own checkpointing is reentrant and "
+            "reduces a gradient twice where one weight serves several timesteps, and its partition_activations "
+            "empties the input of a layer that the residual still needs: set engine.checkpointing",
+        ),
         ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "which engine.precision decides"),
     ],
 )
@@ -405,7 +414,8 @@ def test_what_may_change_on_resumption(load):
     new = load(
         "--name", "other", "--output", "elsewhere", "--resume", "never", "--threads", "1", "--data.num_workers", "2",
         "--data.shards", "moved", "--training.stop_after_step", "4", "--training.micro_batch_size", "4",
-        "--logging.every", "1", "--evaluation.every", "0", "--checkpoint.keep", "9", "--engine.checkpointing", "layer",
+        "--logging.every", "1", "--evaluation.every", "0", "--checkpoint.keep", "9",
+        "--engine.checkpointing", "timestep", "--engine.checkpointing_timesteps", "2",
     )  # fmt: skip
     assert differences(load(), new) == []
 

@@ -52,16 +52,23 @@ class Rows:
         return {name: np.asarray(value) for name, value in values.items()}
 
 
-def config(*, stage=2, accumulation=1, precision="fp32", checkpointing="none", world_size=2, clip_norm=0.0):
+def config(
+    *,
+    stage=2,
+    accumulation=1,
+    precision="fp32",
+    checkpointing="none",
+    world_size=2,
+    clip_norm=0.0,
+    ds_config="ds_configs/zero{}.json",
+):
     return RunConfig(
         name="equivalence",
         data=DataSettings(shards="made up"),
         objective=ObjectiveSettings(),
         optimizer=OptimizerSettings(learning_rate=RATE, weight_decay=0.01, clip_norm=clip_norm),
         schedule=ScheduleSettings(warmup_steps=2),
-        engine=EngineSettings(
-            ds_config=f"ds_configs/zero{stage}.json", precision=precision, checkpointing=checkpointing
-        ),
+        engine=EngineSettings(ds_config=ds_config.format(stage), precision=precision, checkpointing=checkpointing),
         training=TrainingSettings(
             total_steps=STEPS,
             global_batch_size=GLOBAL_BATCH,
@@ -80,24 +87,26 @@ def loader(rank=0, world_size=1):
     )
 
 
+def model_config(kind):
+    return SpikeLMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=ROW_LENGTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+        neuron=NeuronConfig(kind=kind),
+    )
+
+
 def model(kind):
     """The same weights in every process; elastic amplitudes calibrated on the first global batch."""
     # With these weights no spike lies near its threshold: perturbations up to 1e-6 flip none in STEPS steps.
     torch.manual_seed(17)
-    built = SpikeLMForPreTraining(
-        SpikeLMConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=ROW_LENGTH,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.2,
-            neuron=NeuronConfig(kind=kind),
-        )
-    )
+    built = SpikeLMForPreTraining(model_config(kind))
     if kind == "elastic":
         calibrate_amplitudes(built, next(loader().batches(1)).tensors)
     return built
