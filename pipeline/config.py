@@ -30,7 +30,7 @@ class ModelSettings:
     """What stands in front of every linear layer."""
 
     warm_start: str | None = None
-    """Folder of a BERT model in safetensors whose weights to start from; null: random weights."""
+    """Folder of a BERT or, for decoders, LLaMA-shaped model in safetensors to start from; null: random weights."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
@@ -22,7 +21,7 @@ from models.modeling import (
     SpikeLMForPreTraining,
     SpikeLMPreTrainedModel,
 )
-from models.warm_start import load_bert
+from models.warm_start import CheckpointTensors, load_bert, load_llama
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
 from pipeline.config import RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_tokenizer
@@ -44,7 +43,8 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     spiking_stack(model).set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
     if not config.model.warm_start:
         return model, []
-    report = load_bert(model, load_file(Path(config.model.warm_start) / "model.safetensors"))
+    load = load_llama if model.config.traits.causal else load_bert
+    report = load(model, CheckpointTensors(config.model.warm_start))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     return model, [f"{', '.join(names)} {what}" for what, names in parts.items() if names] + report.remarks
 

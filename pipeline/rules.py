@@ -54,6 +54,10 @@ MECHANICS = (
 """Keys that a ds_config may hold. DeepSpeed itself passes over a key that it does not know without a word."""
 
 
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+"""Of a saved model in one file, or in many."""
+
+
 def _name_faults(name: str) -> Iterator[str]:
     if name in (".", "..") or "/" in name or not is_path(name):
         yield f"name: {name!r} cannot name a folder: use letters, digits, - and _, and choose its place by output"
@@ -92,8 +96,10 @@ def _override_faults(name: str, overrides: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _warm_start_faults(folder: str | None) -> Iterator[str]:
-    if folder is not None and not os.path.isfile(Path(folder) / "model.safetensors"):
-        yield f"model.warm_start: {folder!r} holds no model.safetensors: name the folder of a saved BERT model"
+    if folder is not None and not any(os.path.isfile(Path(folder) / name) for name in WEIGHT_FILES):
+        yield (
+            f"model.warm_start: {folder!r} holds no {WEIGHT_FILES[0]}: name the folder of a saved BERT or LLaMA model"
+        )
 
 
 def _builder_faults(shards: str, shards_recipe: str | None, tokenizer_recipe: str | None) -> Iterator[str]:
