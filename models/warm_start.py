@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from .amplitudes import spiking_stack
+from .config import NeuronConfig, SpikeLMConfig
 from .stack import SpikeStack
 
 _BERT_NAMES = {
@@ -56,6 +58,16 @@ _LLAMA_LAYER_NAMES = {
     "mlp.down": ("mlp.down_proj",),
     "mlp_norm": ("post_attention_layernorm",),
 }
+_SHAPE_NAMES = {
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "initializer_range"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+"""What LLaMA's configuration and ours call alike."""
+
+_NEEDED_NAMES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+_NEEDED_NAMES |= {"rms_norm_eps"}
+
 _LLAMA_HEAD, _LLAMA_WORDS = "lm_head.weight", "model.embed_tokens.weight"
 _LLAMA_UNUSED = ("rotary_emb.inv_freq",)
 
@@ -115,6 +127,30 @@ def load_bert(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartRepor
     _load_amplitudes(spiking_stack(model), theirs, used, report)
     report.unused = sorted(name for name in set(theirs) - used if not name.endswith(_KNOWN_AND_UNUSED))
     return report
+
+
+def llama_config(settings: Mapping[str, Any], neuron: NeuronConfig) -> SpikeLMConfig:
+    """Our configuration for the config.json of a LLaMA-shaped model, such as Mistral's, with these neurons.
+
+    Raises ValueError where the model is of another shape, or computes otherwise: other names, biases, wider heads.
+    """
+    names = _SHAPE_NAMES & settings.keys()
+    if missing := sorted(_NEEDED_NAMES - settings.keys()):
+        raise ValueError(f"config.json has no {', '.join(missing)}: it is of no LLaMA-shaped model")
+    wanted = {
+        "attention_bias": (None, False),
+        "mlp_bias": (None, False),
+        "sliding_window": (None,),
+        "head_dim": (None, settings["hidden_size"] // settings["num_attention_heads"]),
+    }
+    if faults := [f"{name} {settings[name]}" for name, ours in wanted.items() if settings.get(name) not in ours]:
+        raise ValueError(f"config.json asks for {', '.join(faults)}, which our decoder has not")
+    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    if "rope_theta" in settings:  # where older versions of transformers have it
+        rope.setdefault("rope_theta", settings["rope_theta"])
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    return SpikeLMConfig(family="llama", neuron=neuron, rope_parameters=rope or None, **{n: settings[n] for n in names})
 
 
 def load_llama(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartReport:

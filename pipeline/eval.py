@@ -7,24 +7,20 @@ encoders on the held-out rows, whose masked tokens they are to find.
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.files import write_json
-from data_prep.manifest import Manifest, check_folder
 from data_prep.recipes import run_command
 from data_prep.shards import ShardReader
-from data_prep.sources import plan_units, read_unit
-from data_prep.tokenization import document_frame, text_encoder, tokenizer_fingerprint
 from models.amplitudes import keep_timesteps, spiking_stack
 from pipeline.config import ObjectiveSettings, RunConfig
+from pipeline.documents import HELDOUT, heldout_documents, open_shards, text_documents
 from pipeline.evaluation import (
     Tally,
     bits_per_byte,
@@ -36,25 +32,6 @@ from pipeline.evaluation import (
 from pipeline.loader import heldout_batches
 from pipeline.model import open_model
 from pipeline.objectives import MaskedTokens, SpecialTokens
-
-HELDOUT = "heldout"
-ROWS_AT_ONCE = 64
-
-
-@dataclass
-class Documents:
-    """Documents as token ids, from begin to end of text, and what they are made of."""
-
-    ids: Iterable[np.ndarray]
-    source: str
-    num_bytes: int = 0
-    """Of the text in UTF-8; complete when all documents have been read."""
-    num_documents: int = 0
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for ids in self.ids:
-            self.num_documents += 1
-            yield ids
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -89,15 +66,15 @@ def _measure_documents(
     """Every token of every document but its first, each once."""
     length = options.window or model.config.max_position_embeddings
     stride = options.stride or max(1, length // 2)
-    if not 1 <= stride <= length <= model.config.max_position_embeddings:
+    if not 1 <= stride < length <= model.config.max_position_embeddings:
         raise ValueError(
             f"--window {length} and --stride {stride}: the model has {model.config.max_position_embeddings} positions; "
-            "use a window of at most as many, and a stride of at most the window"
+            "use a window of at most as many, and a smaller stride"
         )
     if options.text:
-        documents = _documents_of_text(options.text, options.text_field, tokenizer)
+        documents = text_documents(options.text, options.text_field, tokenizer)
     elif shards is not None:
-        documents = _documents_of_shards(shards, tokenizer)
+        documents = heldout_documents(shards, tokenizer)
     else:
         raise ValueError("nothing to measure on: name texts by --text, or a folder of shards by --shards")
     windows = (window for ids in documents for window in strided_windows(ids, length, stride))
@@ -124,7 +101,7 @@ def _measure_rows(
             raise ValueError(f"--{name} has no effect on an encoder, which is measured on the rows of --shards")
     if shards is None:
         raise ValueError("nothing to measure on: name a folder of shards by --shards")
-    manifest = _open_shards(shards, tokenizer, "pairs")
+    manifest = open_shards(shards, tokenizer, "pairs")
     settings = run.objective if run else ObjectiveSettings(next_sentence=hasattr(model, "next_sentence_head"))
     objective = MaskedTokens(run.seed if run else 0, settings, SpecialTokens.of(tokenizer))
     reader = ShardReader(shards / HELDOUT)
@@ -135,53 +112,6 @@ def _measure_rows(
     )
     found = {"data": f"held-out rows of {shards}", "documents": manifest.counts[HELDOUT].documents, "rows": len(reader)}
     return tally_batches(model, batches, objective.losses), found
-
-
-def _open_shards(shards: Path, tokenizer: PreTrainedTokenizerBase, layout: str) -> Manifest:
-    manifest = check_folder(shards)
-    if manifest.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        raise ValueError(f"{shards} was made with another tokenizer than the model's: build shards with the model's")
-    if manifest.layout != layout:
-        raise ValueError(f"{shards} has rows in the layout {manifest.layout}, but this model needs {layout}")
-    return manifest
-
-
-def _documents_of_shards(shards: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """The held-out documents, put together again from the rows."""
-    counts = _open_shards(shards, tokenizer, "causal").counts[HELDOUT]
-    ids = _split_documents(_stream(ShardReader(shards / HELDOUT)), document_frame(tokenizer)[1])
-    return Documents(ids, f"held-out documents of {shards}", counts.bytes)
-
-
-def _stream(reader: ShardReader) -> Iterator[np.ndarray]:
-    for start in range(0, len(reader), ROWS_AT_ONCE):
-        rows = reader.read(np.arange(start, min(start + ROWS_AT_ONCE, len(reader))))
-        yield from (ids[:length] for ids, length in zip(rows["ids"], rows["length"], strict=True))
-
-
-def _split_documents(stream: Iterable[np.ndarray], end_id: int) -> Iterator[np.ndarray]:
-    parts: list[np.ndarray] = []
-    for ids in stream:
-        *ended, rest = np.split(ids, np.flatnonzero(ids == end_id) + 1)
-        for part in ended:
-            yield np.concatenate([*parts, part]).astype(np.int64)
-            parts = []
-        parts.append(rest)
-
-
-def _documents_of_text(inputs: Sequence[str], text_field: str, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    encode, (begin_ids, end_id) = text_encoder(tokenizer), document_frame(tokenizer)
-    documents = Documents((), ", ".join(inputs))
-
-    def read() -> Iterator[np.ndarray]:
-        for unit in plan_units(inputs, text_field=text_field):
-            for document in read_unit(unit):
-                if document.text.strip():
-                    documents.num_bytes += len(document.text.encode())
-                    yield np.array([*begin_ids, *encode([document.text])[0], end_id], np.int64)
-
-    documents.ids = read()
-    return documents
 
 
 NAMES = {

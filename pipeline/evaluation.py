@@ -89,7 +89,10 @@ def strided_windows(ids: np.ndarray, length: int, stride: int) -> Iterator[Windo
     """The document cut into windows of `length` tokens, one every `stride`, in which each token is a target once.
 
     A target sees at least length - stride tokens before it, where the document has them. Its first token is none.
+    Raises ValueError where that would be no token at all.
     """
+    if not 1 <= stride < length:
+        raise ValueError(f"a stride of {stride} and windows of {length}: use a stride from 1 to {length - 1}")
     end = 1
     for start in range(0, len(ids), stride):
         if end >= len(ids):

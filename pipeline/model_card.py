@@ -44,7 +44,7 @@ def describe_model(
         "Losses": _losses(records),
         "Firing rates": _firing_rates(records),
         "Data": _data(manifest),
-        "Recipe": _block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
+        "Recipe": block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items()]
     task, tag = TASKS[model.config.traits.causal]
@@ -55,9 +55,9 @@ def describe_model(
 
 def _usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     if model.config.traits.causal:
-        return f"{CODE}\n\n{_block('python', DECODER_USAGE)}\n\nAutoModel and AutoModelForCausalLM open it as well."
-    block = _block("python", ENCODER_USAGE.format(mask=tokenizer.mask_token))
-    return f"{CODE}\n\n{block}\n\nAutoModel, AutoModelForMaskedLM and AutoModelForPreTraining open it as well."
+        return f"{CODE}\n\n{block('python', DECODER_USAGE)}\n\nAutoModel and AutoModelForCausalLM open it as well."
+    usage = block("python", ENCODER_USAGE.format(mask=tokenizer.mask_token))
+    return f"{CODE}\n\n{usage}\n\nAutoModel, AutoModelForMaskedLM and AutoModelForPreTraining open it as well."
 
 
 def _summary(model: PreTrainedModel, state: TrainState) -> str:
@@ -85,7 +85,7 @@ def _losses(records: Sequence[Record]) -> str:
         "In nats per target; accuracies are shares of 1. A model that knows the frequency of every token and nothing "
     )
     note += "of its context reaches the unigram entropy."
-    return f"{_table(('rows', 'step', 'measure', 'value'), rows)}\n\n{note}" if rows else "Not recorded."
+    return f"{table(('rows', 'step', 'measure', 'value'), rows)}\n\n{note}" if rows else "Not recorded."
 
 
 def _firing_rates(records: Sequence[Record]) -> str:
@@ -93,7 +93,7 @@ def _firing_rates(records: Sequence[Record]) -> str:
     for record in _last(records, "heldout"):
         if "firing_rate" in record:
             rates = {"all": record["firing_rate"], **record["firing_rate_by_site"]}
-            return _table(("site", "firing rate"), [(site, f"{rate:.4f}") for site, rate in rates.items()])
+            return table(("site", "firing rate"), [(site, f"{rate:.4f}") for site, rate in rates.items()])
     return "None recorded."
 
 
@@ -105,8 +105,8 @@ def _data(manifest: Manifest) -> str:
     inputs = [(each.name, each.content) for each in manifest.origin.inputs]
     return "\n\n".join(
         [
-            _table(("split", "documents", "sentences", "tokens", f"rows of {manifest.row_length}"), counts),
-            _table(("input", "content"), inputs),
+            table(("split", "documents", "sentences", "tokens", f"rows of {manifest.row_length}"), counts),
+            table(("input", "content"), inputs),
             f"Tokenizer {manifest.tokenizer_fingerprint} with {manifest.vocab_size:,} entries. "
             "The whole manifest is in data_manifest.json.",
         ]
@@ -118,11 +118,13 @@ def _last(records: Sequence[Record], kind: str) -> list[Record]:
     return [record for record in records if record["kind"] == kind][-1:]
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table in Markdown."""
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _block(language: str, text: str) -> str:
+def block(language: str, text: str) -> str:
+    """A block of code in Markdown."""
     return f"```{language}\n{text.strip()}\n```"

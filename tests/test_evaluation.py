@@ -26,18 +26,23 @@ def decoder(num_timesteps=2, kind="elastic"):
     return model, ids[0].numpy()
 
 
-@given(num_tokens=st.integers(0, 40), length=st.integers(1, 12), data=st.data())
+@given(num_tokens=st.integers(0, 40), length=st.integers(2, 12), data=st.data())
 def test_every_token_but_the_first_is_a_target_once_and_sees_what_it_may(num_tokens, length, data):
-    stride = data.draw(st.integers(1, length))
+    stride = data.draw(st.integers(1, length - 1))
     ids = np.arange(num_tokens)
     targets = []
     for window in strided_windows(ids, length, stride):
         assert len(window.ids) <= length and (np.diff(window.ids) == 1).all()
         for place in range(window.first_target, len(window.ids)):
             targets.append(int(window.ids[place]))
-            # A window of one token shows a target nothing; then it is measured without context.
             assert place >= min(targets[-1], length - stride)
     assert targets == list(range(1, num_tokens))
+
+
+@pytest.mark.parametrize("stride", [0, 4])
+def test_windows_that_would_show_a_target_nothing_are_refused(stride):
+    with pytest.raises(ValueError, match=f"a stride of {stride} and windows of 4: use a stride from 1 to 3"):
+        next(strided_windows(np.arange(9), 4, stride))
 
 
 def test_one_window_gives_the_loss_of_the_whole_document():

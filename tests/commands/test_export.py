@@ -16,12 +16,13 @@ from data_prep.files import hash_file
 from data_prep.recipes import settings_from_dict
 from models.auto import save_with_code
 from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForPreTraining
-from pipeline import export
+from pipeline import model_folder
 from pipeline.checkpoint import read_state, read_weights, resolve_checkpoint
 from pipeline.config import RunConfig
 from pipeline.corpus import open_corpus
-from pipeline.export import main, probe_batch
+from pipeline.export import main
 from pipeline.metrics import read_metrics
+from pipeline.model_folder import ExportError, probe_batch, prove
 from pipeline.objectives import count_targets, loss_sums
 from tests.distributed.runs import STEPS
 from tests.tiny import OneProcess, make_model
@@ -210,7 +211,7 @@ def test_an_earlier_export_is_replaced_only_when_told_to(exports, runs, tmp_path
     [("weight", "computes other logits"), ("amplitude", "computes other logits"), ("code", "does not open")],
 )
 def test_what_the_proof_refuses_is_not_exported(damage, message, exports, runs, tmp_path, capsys, monkeypatch):
-    write, options = export._write, []
+    write, options = model_folder._write, []
 
     def write_and_damage(model, tokenizer, folder):
         write(model, tokenizer, folder)
@@ -225,7 +226,7 @@ def test_what_the_proof_refuses_is_not_exported(damage, message, exports, runs, 
         shutil.copytree(exports / "zero1", tmp_path / "export")
         options = ["--overwrite"]
     before = {path: hash_file(path) for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(export, "_write", write_and_damage)
+    monkeypatch.setattr(model_folder, "_write", write_and_damage)
     assert main([str(runs / "whole-2-fp32"), str(tmp_path / "export"), *options]) == 1
     assert message in capsys.readouterr().err
     assert before == {path: hash_file(path) for path in tmp_path.rglob("*") if path.is_file()}
@@ -236,11 +237,11 @@ def test_what_the_proof_refuses_is_not_exported(damage, message, exports, runs, 
 def test_a_model_with_another_neuron_and_without_sentence_pairs_is_proved(neuron, tmp_path):
     model = make_model(neuron, model_class=SpikeLMForMaskedLM)
     save_with_code(model, AUTO_CLASSES, tmp_path)
-    export.prove(model, tmp_path)
+    prove(model, tmp_path)
     with torch.no_grad():
         model.mlm_head.norm.bias[3] += 1e-3
-    with pytest.raises(export.ExportError, match="computes other logits than"):
-        export.prove(model, tmp_path)
+    with pytest.raises(ExportError, match="computes other logits than"):
+        prove(model, tmp_path)
 
 
 def test_moved_shards_are_named_and_others_refused(runs, tiny_shards, tmp_path, capsys):
