@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, check_folder
 from data_prep.shards import CorruptShard, ShardReader
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
-from pipeline.config import DataSettings, RunConfig, accumulation_steps
+from pipeline.config import DataSettings, RunConfig, accumulation_steps, is_decoder
 from pipeline.ending import BAD_INPUT, AlreadyTold, Stopped
 from pipeline.loader import Batch, ElasticLoader, RowReader, SplitRows, heldout_batches, order_identity
 from pipeline.objectives import Objective, build_objective
@@ -116,8 +116,8 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
     root = Path(config.data.shards)
     world.on_main(lambda: check_folder(root).version)  # one process looks at all shards, for all
     manifest, tokenizer = open_tokenizer(root)
+    _refuse_other_rows(config, manifest)
     objective = build_objective(config, tokenizer)
-    _refuse_other_rows(config, manifest, objective)
     readers = [ShardReader(root / split) for split in SPLITS]
     if config.data.verify:
         faults = [fault for reader in readers for fault in reader.faults(world.rank, world.size)]
@@ -138,13 +138,13 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
     return corpus
 
 
-def _refuse_other_rows(config: RunConfig, manifest: Manifest, objective: Objective) -> None:
+def _refuse_other_rows(config: RunConfig, manifest: Manifest) -> None:
     shards, length = config.data.shards, config.data.sample_length
-    if manifest.layout != objective.layout:
+    needed = "causal" if is_decoder(config.model) else "pairs"
+    if manifest.layout != needed:
         raise ValueError(
             f"data.shards {shards} has rows in the layout {manifest.layout}, but {config.model.preset} learns from "
-            f"{objective.layout}: build them by data_prep.build_shards --layout {objective.layout}, or name another "
-            "model.preset"
+            f"{needed}: build them by data_prep.build_shards --layout {needed}, or name another model.preset"
         )
     if length is not None and manifest.layout != "causal":
         raise ValueError(f"data.sample_length {length}: only causal rows can be split, pairs cannot: leave it out")

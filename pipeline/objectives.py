@@ -34,9 +34,6 @@ LABELS = {"masked_lm": "labels", "next_sentence": "next_sentence_label", "causal
 class Objective(Protocol):
     """What a run predicts. Picklable: loader workers make the batches."""
 
-    layout: str
-    """The layout of the rows it needs: data_prep.shards.LAYOUT_FIELDS."""
-
     @property
     def losses(self) -> tuple[str, ...]:
         """Names of LABELS; each loss is a mean of its own. The first is that of tokens."""
@@ -56,7 +53,6 @@ class MaskedTokens:
     seed: int
     settings: ObjectiveSettings
     tokens: SpecialTokens
-    layout = "pairs"
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -75,7 +71,6 @@ class NextTokens:
     end_id: int
     """Of the end of text, which ends every document."""
 
-    layout = "causal"
     losses = ("causal_lm",)
 
     def make_batch(
