@@ -191,11 +191,10 @@ def test_rows_padded_differently_have_the_gradients_that_they_have_alone(kind):
 def test_a_visible_token_at_position_0_begins_a_document():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [5, 6, 7, 8, 0, 1], [0, 0, 0, 1, 0, 2]])
     visible = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1]]).bool()
-    assert document_ids(positions[:2], None).tolist() == [[1, 1, 1, 2, 2, 3], [0, 0, 0, 0, 1, 1]]
-    assert document_ids(positions, visible).tolist() == [
-        *document_ids(positions[:2], None).tolist(),
-        [-1, -1, 1, 1, -1, 1],
-    ]
+    expected = torch.tensor([[1, 1, 1, 2, 2, 3], [0, 0, 0, 0, 1, 1], [-1, -1, 1, 1, -1, 1]])
+    assert torch.equal(document_ids(positions, visible), expected)
+    counted_on = document_ids(positions, visible, torch.tensor([[2], [0], [1]]))
+    assert torch.equal(counted_on, expected + torch.tensor([[2], [0], [1]]) * visible)
 
 
 def test_only_distances_matter_to_rotary_positions():
