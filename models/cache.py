@@ -21,16 +21,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .config import SpikeLMConfig
 
-CODES_PER_BYTE = 4
 GROWTH = 64
 """Tokens by which storage grows at least. Every step reads the whole cache: one copy in so many is lost in that."""
 
 
 def pack(spikes_TBLD: Tensor) -> Tensor:
     """The codes of spikes, whatever they are worth, as bytes [T, B, L, ceil(D / 4)] (uint8)."""
-    codes = (spikes_TBLD > 0).to(torch.uint8) + 2 * (spikes_TBLD < 0) + 3 * spikes_TBLD.isnan()
-    codes = F.pad(codes, (0, -codes.shape[-1] % CODES_PER_BYTE)).unflatten(-1, (-1, CODES_PER_BYTE))
-    return (codes << _shifts(codes)).sum(-1, dtype=torch.uint8)
+    x = spikes_TBLD
+    codes = x.gt(0).to(torch.uint8).add_(x.lt(0), alpha=2).add_(x.isnan(), alpha=3)
+    first, second, third, fourth = F.pad(codes, (0, -codes.shape[-1] % 4)).unflatten(-1, (-1, 4)).unbind(-1)
+    return first | second << 2 | third << 4 | fourth << 6
 
 
 def unpack(codes_TBLN: Tensor, amplitude_T: Tensor, width: int) -> Tensor:
@@ -39,13 +39,9 @@ def unpack(codes_TBLN: Tensor, amplitude_T: Tensor, width: int) -> Tensor:
     levels_T4 = torch.stack([none, amplitude_T, -amplitude_T, none + torch.nan], dim=1)
     # One look-up a byte, in a table of all bytes at every timestep, gives four elements.
     byte = torch.arange(256, device=codes_TBLN.device)
-    table = levels_T4[:, byte[:, None] >> _shifts(byte) & 3].flatten(0, 1)
+    table = levels_T4[:, torch.stack([byte & 3, byte >> 2 & 3, byte >> 4 & 3, byte >> 6], dim=1)].flatten(0, 1)
     first_T = 256 * torch.arange(len(levels_T4), dtype=torch.int32, device=codes_TBLN.device)
     return F.embedding(codes_TBLN + first_T.view(-1, 1, 1, 1), table).flatten(-2)[..., :width]
-
-
-def _shifts(like: Tensor) -> Tensor:
-    return 2 * torch.arange(CODES_PER_BYTE, dtype=like.dtype, device=like.device)
 
 
 class SpikeCacheLayer(CacheLayerMixin):

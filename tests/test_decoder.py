@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from tiny import CONFIG, make_batch, make_model
+from decoders import clear_lif_threshold, each_kind, each_neuron, make_decoder, positions_of, ready_decoder, token_ids
+from tiny import CONFIG, make_batch
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from models import amplitudes, neuron
-from models.amplitudes import BlockNeurons, SpikeStats, calibrate_amplitudes, update_amplitudes
+from models.amplitudes import BlockNeurons, SpikeStats, update_amplitudes
 from models.auto import save_with_code
 from models.config import PRESETS, SpikeLMConfig, preset
 from models.layers import SITES
@@ -24,38 +24,6 @@ from models.modeling import (
     SpikeLMModel,
 )
 from models.positions import document_ids, rotary_angles, rotate
-
-NEURONS = [
-    {"kind": "elastic", "num_timesteps": 1},
-    {"kind": "elastic", "num_timesteps": 4},
-    {"kind": "lif", "num_timesteps": 1},
-    {"kind": "lif", "num_timesteps": 4},
-    {"kind": "none"},
-]
-each_neuron = pytest.mark.parametrize("settings", NEURONS, ids=lambda n: f"{n['kind']}-T{n.get('num_timesteps', 1)}")
-each_kind = pytest.mark.parametrize("kind", ["elastic", "lif", "none"])
-SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2}
-LIF_SCALE = {"initializer_range": 3.0}  # so that attention is so sharp that lif neurons behind it fire at all
-
-
-def make_decoder(settings=None, seed=0, model_class=SpikeLMForCausalLM, **overrides):
-    scale = LIF_SCALE if (settings or {}).get("kind") == "lif" else {}
-    return make_model(settings, model_class, seed, family="llama", **{**SHAPE, **scale, **overrides})
-
-
-def ready_decoder(settings=None, batch=None, **overrides):
-    model = make_decoder(settings, **overrides)
-    calibrate_amplitudes(model, batch or {"input_ids": token_ids()})
-    return model
-
-
-def token_ids(rows=2, length=24, seed=3):
-    return torch.randint(1, CONFIG["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def positions_of(*lengths):
-    """position_ids [1, L] of a row that holds documents of these lengths."""
-    return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
 def gradients(model):
@@ -72,9 +40,7 @@ def seen_by_each_token(model, **inputs):
 
 @pytest.fixture
 def lif_between_rounding_errors(monkeypatch):
-    """Where all values that a token sees are spikes, attention gives 1 up to rounding: just lif's threshold."""
-    for module in (neuron, amplitudes):
-        monkeypatch.setattr(module, "LIF_THRESHOLD", 0.9)
+    clear_lif_threshold(monkeypatch)
 
 
 needs_clear_thresholds = pytest.mark.usefixtures("lif_between_rounding_errors")
