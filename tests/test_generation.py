@@ -1,5 +1,9 @@
 """Generation: what a decoder computes from its cache is what it computes from whole rows, token for token."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from decoders import clear_lif_threshold, each_kind, each_neuron, positions_of, ready_decoder, token_ids
@@ -8,9 +12,11 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from models.amplitudes import BlockNeurons
+from models.auto import save_with_code
 from models.cache import SpikeCache
+from models.config import SpikeLMConfig
 from models.layers import KEY
-from models.modeling import SpikeLMForMaskedLM
+from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM
 
 WIDE = {"max_position_embeddings": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 ENDS = [3, 20, 37]  # so that rows end at different times
@@ -208,6 +214,48 @@ def test_padding_stays_padding_when_no_mask_repeats_it():
     found = model(ids[:, -2:], past_key_values=cache).logits
     mask[:, -2:] = 1  # without a mask new tokens are no padding
     torch.testing.assert_close(found, model(ids, mask).logits[:, -2:], rtol=1e-12, atol=1e-12)
+
+
+@each_kind
+def test_a_mask_may_hide_tokens_that_the_cache_holds(kind):
+    """In one layer, where no other token has seen them."""
+    model, ids = decoder({"kind": kind}, num_hidden_layers=1), token_ids()
+    cache, positions = model(ids[:, :-2], use_cache=True).past_key_values, torch.arange(24)[None]
+    mask = (positions >= 5).long().expand(2, 24)
+    found = model(ids[:, -2:], mask, position_ids=positions[:, -2:], past_key_values=cache).logits
+    expected = model(ids[:, 5:], position_ids=positions[:, 5:]).logits[:, -2:]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# Where this project is not installed
+
+ELSEWHERE = """
+import json, sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).double()
+ids, mask = torch.tensor(json.loads(sys.argv[2]))
+found = model.generate(ids, attention_mask=mask, max_new_tokens=20, num_beams=2, return_dict_in_generate=True)
+assert "models" not in sys.modules
+print(type(found.past_key_values).__name__, found.sequences.tolist())
+"""
+
+
+def test_a_folder_with_our_code_generates_by_itself(tmp_path, monkeypatch):
+    for registered in (SpikeLMConfig, SpikeLMForCausalLM):
+        monkeypatch.setattr(registered, "_auto_class", registered._auto_class)  # taken back after the test
+    model, (ids, mask) = decoder(), mixed_rows()
+    save_with_code(model, AUTO_CLASSES, tmp_path / "folder")
+    home = {name: str(tmp_path / "home") for name in ("HOME", "HF_HOME", "HF_MODULES_CACHE")}
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path / "folder"), str([ids.tolist(), mask.tolist()])],
+        cwd=tmp_path,
+        env={**os.environ, **home, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, num_beams=2)
+    assert result.stdout.strip() == f"SpikeCache {expected.tolist()}"
 
 
 # Arguments
