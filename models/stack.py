@@ -4,6 +4,7 @@ Legend: T spike timesteps (first), B batch, L tokens, D width, S sites of the wh
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -142,6 +143,22 @@ class SpikeStack(nn.Module):
         """Forget the amplitudes: the model must be calibrated before its next use."""
         nn.init.constant_(self.amplitudes, float("nan"))
         nn.init.constant_(self.calibrated, self.amplitudes.numel() == 0)
+
+    def keep_timesteps(self, num_timesteps: int) -> None:
+        """Run the first so many timesteps alone from now on: no neuron's past knows how many are to come.
+
+        Raises ValueError for more timesteps than there are amplitudes for.
+        """
+        neuron = self.config.neuron
+        if not 1 <= num_timesteps <= neuron.num_timesteps:
+            raise ValueError(
+                f"num_timesteps is {num_timesteps}, but the model has {neuron.num_timesteps}: use 1 to "
+                f"{neuron.num_timesteps}, or calibrate a model that has more"
+            )
+        self.config.neuron = replace(neuron, num_timesteps=num_timesteps)
+        for layer in self.layers:
+            layer.neuron = self.config.neuron
+        self.amplitudes = self.amplitudes[:, :num_timesteps].clone()
 
     def set_checkpointing(self, mode: Literal["none", "layer"]) -> None:
         """What training keeps for the backward: everything (none), or each layer's input, to run the layer again."""
