@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from models.modeling import SpikeLMForCausalLM
 from models.outputs import SpikeLMCausalLMOutput
 
 DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_NEW_TOKENS = 64
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
@@ -43,7 +44,7 @@ INTERRUPTED = 130
 class Search:
     """How the next tokens are found. Raises ValueError, naming the option, for what cannot work or has no effect."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -186,23 +187,36 @@ def _prompt_in(line: str, field: str, place: str) -> str:
     return prompt
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int, max_positions: int
-) -> list[list[int]]:
-    """The ids of each prompt. ValueError for one without any, and where the model has too few positions."""
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_positions: int) -> list[list[int]]:
+    """The ids of each prompt. ValueError for one without any, and for one that leaves the model no position."""
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
         name = f"prompt {number} ({prompt[:20]!r})"
-        if not ids:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} holds half a character, or bytes that are no UTF-8: mend it") from None
+        encoded.append(tokenizer(prompt)["input_ids"])
+        if not encoded[-1]:
             raise ValueError(f"{name} has no token: write something")
-        if len(ids) >= max_positions:
-            raise ValueError(f"{name} has {len(ids)} tokens, the model {max_positions} positions: shorten it")
-        if len(ids) + max_new_tokens > max_positions:
-            raise ValueError(
-                f"{name} has {len(ids)} tokens, the model {max_positions} positions: shorten it, or ask for "
-                f"--max-new-tokens {max_positions - len(ids)} at most"
-            )
+        if len(encoded[-1]) >= max_positions:
+            raise ValueError(f"{name} has {len(encoded[-1])} tokens, the model {max_positions} positions: shorten it")
     return encoded
+
+
+def fit(search: Search, encoded: Sequence[Sequence[int]], max_positions: int) -> Search:
+    """`search` with so many new tokens as were asked for, or as there is room for where nothing was.
+
+    Raises ValueError where they have no room behind the longest prompt.
+    """
+    longest = max(map(len, encoded))
+    room = max_positions - longest
+    if search.max_new_tokens is not None and search.max_new_tokens > room:
+        raise ValueError(
+            f"--max-new-tokens {search.max_new_tokens}: the longest prompt has {longest} tokens, the model "
+            f"{max_positions} positions: ask for {room} at most"
+        )
+    return replace(search, max_new_tokens=search.max_new_tokens or min(room, DEFAULT_NEW_TOKENS))
 
 
 def batches_by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
@@ -322,7 +336,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl with a --field each")
     add("--field", metavar="NAME", help="of the prompt in each line of .jsonl (default: prompt)")
     add("--output", type=Path, metavar="FILE", help="new file for the JSON lines (default: standard output)")
-    add("--max-new-tokens", type=count, default=64, metavar="N", help="(default: 64)")
+    add("--max-new-tokens", type=count, metavar="N", help="(default: 64, or as many as there is room for)")
     add("--temperature", type=positive, metavar="X", help="sample from the probabilities to the power 1/X")
     add("--top-p", type=share, metavar="X", help="sample from the most probable tokens that have this share together")
     add("--top-k", type=count, metavar="N", help="sample from so many of the most probable tokens")
@@ -359,7 +373,8 @@ def _run(options: argparse.Namespace) -> None:
     model, tokenizer = open_model(
         options.model, dtype=options.dtype, device=device, num_timesteps=options.num_timesteps
     )
-    encoded = encode_prompts(tokenizer, prompts, search.max_new_tokens, model.config.max_position_embeddings)
+    encoded = encode_prompts(tokenizer, prompts, model.config.max_position_embeddings)
+    search = fit(search, encoded, model.config.max_position_embeddings)
     torch.manual_seed(search.seed or 0)
     if single and search.finds_one and options.output is None:
         work = show(model, tokenizer, encoded[0], search)

@@ -402,6 +402,22 @@ def test_checkpointing_changes_nothing_but_memory(kind):
     assert not torch.equal(model(ids, position_ids=positions_of(9, 15), labels=ids).loss, loss)  # dropout was on
 
 
+@pytest.mark.parametrize("kind", ["elastic", "lif"])
+def test_the_first_timesteps_alone_are_a_model_of_fewer(kind):
+    whole, ids = ready_decoder({"kind": kind}), token_ids()
+    fewer = ready_decoder({"kind": kind, "num_timesteps": 3})  # calibrated on the same text: equal as far as it goes
+    whole.model.stack.keep_timesteps(3)
+    ours, theirs = whole(ids, use_cache=True), fewer(ids, use_cache=True)
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.spike_stats, theirs.spike_stats)
+    assert whole.config.to_json_string() == fewer.config.to_json_string()
+    assert whole.state_dict().keys() == fewer.state_dict().keys()
+    for count in (0, 4):
+        with pytest.raises(
+            ValueError, match=f"num_timesteps is {count}, but the model has 3: use 1 to 3, or calibrate"
+        ):
+            whole.model.stack.keep_timesteps(count)
+
+
 def test_a_decoder_without_layers_is_a_twin_that_trains():
     model, ids = ready_decoder(num_hidden_layers=0), token_ids()
     model(ids, labels=ids).loss.backward()
