@@ -107,7 +107,8 @@ def test_a_file_becomes_json_lines_in_its_order(decoder, tmp_path, capsys):
     model, tokenizer = open_model(decoder)
     encoded = encode_prompts(tokenizer, PROMPTS, POSITIONS)
     batches = batches_by_length(encoded, 2)
-    assert [len(batch) for batch in batches] == [2, 2, 1]
+    lengths = [[len(encoded[number]) for number in batch] for batch in batches]
+    assert [len(batch) for batch in batches] == [2, 2, 1] and sum(lengths, []) == sorted(map(len, encoded))
     for batch in batches:
         new = expected_ids(model, [encoded[number] for number in batch], max_new_tokens=20)
         for number, ids in zip(batch, new, strict=True):
@@ -163,11 +164,12 @@ def test_sampling_follows_the_seed(decoder, tmp_path):
             ["--temperature", "1.5", "--seed", "2"],
             ["--top-k", "1"],
             ["--top-p", "0.0001"],
+            ["--temperature", "0.0001"],
         )
     ]
     assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 2 * len(PROMPTS)
     greedy = [record["text"] for record in run_file(decoder, tmp_path)]
-    assert texts[3] == texts[4] == [text for text in greedy for _ in range(2)]
+    assert texts[3] == texts[4] == texts[5] == [text for text in greedy for _ in range(2)]
 
 
 def test_beams_give_the_best_texts_of_each_prompt(decoder, tmp_path, capsys):
