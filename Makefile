@@ -43,9 +43,10 @@ chaos: $(INSTALLED)  ## kill a run's processes fifty times, then compare its end
 	@. launch/env.sh
 	python -m tests.chaos.chaos
 
-bench: $(INSTALLED)  ## print times and memory of layer and loader on this machine
+bench: $(INSTALLED)  ## print times and memory of layer, checkpointing and loader on this machine
 	@. launch/env.sh
 	python -m tests.bench.bench_layer
+	python -m tests.bench.bench_checkpointing
 	python -m tests.bench.bench_loader
 
 clean:  ## remove caches and build leftovers; .venv, data/ and runs/ stay

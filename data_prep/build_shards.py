@@ -1,4 +1,4 @@
-"""Command: raw text to shards of sentence pairs.
+"""Command: raw text to shards of sentence pairs, or of causal rows.
 
 python -m data_prep.build_shards --recipe launch/recipes/data/demo.yaml [--field VALUE ...]
 """
@@ -7,11 +7,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
@@ -20,14 +20,15 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.files import read_record
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Counts, Manifest, UnitRecord, check_folder
 from data_prep.origin import Inputs, Origin, faults_of, record_input, refusal
-from data_prep.packing import PairLayout
-from data_prep.recipes import BelowOne, FolderName, Share, load_settings, run_command, strict
+from data_prep.packing import CausalLayout, PairLayout, RowLayout
+from data_prep.recipes import BelowOne, FolderName, Rule, Share, load_settings, run_command, strict
 from data_prep.shards import ids_dtype, size_fault
 from data_prep.sources import plan_units
 from data_prep.tokenization import (
     TRAINING_RECORD,
     TrainingRecord,
     check_tokenizer_folder,
+    document_frame,
     load_tokenizer,
     text_encoder,
     tokenizer_fingerprint,
@@ -37,12 +38,14 @@ from data_prep.units import UnitBuilder
 
 WORK_FOLDER = ".build"  # the plan and the records of finished units, until the manifest is written
 PLAN_NAME = "plan.json"
+ROW_LENGTHS = {"pairs": 128, "causal": 2048}
+"""Tokens of a row where the recipe says nothing."""
 
 
 @strict
 @dataclass(frozen=True)
 class BuildSettings:
-    """Build shards of sentence pairs from raw text. Started again, it goes on after the last finished work unit."""
+    """Build shards of rows from raw text. Started again, it goes on after the last finished work unit."""
 
     input: Inputs
     """Wikipedia .xml or .xml.bz2, .jsonl, .txt, a folder of such files, or package://NAME/FILE; may be repeated."""
@@ -56,17 +59,20 @@ class BuildSettings:
     text_field: str = "text"
     """Key of the text in a JSON line."""
 
-    row_length: Annotated[int, Field(ge=8, lt=1 << 16)] = 128
-    """Tokens of a row, special tokens included."""
+    layout: Literal["pairs", "causal"] = "pairs"
+    """pairs: two segments a row, for encoders; causal: documents one after another, for decoders."""
+
+    row_length: Annotated[int, Field(ge=8, lt=1 << 16)] | None = None
+    """Tokens of a row, special tokens included; null: 128 for pairs, 2,048 for causal rows, which readers may split."""
 
     heldout_fraction: BelowOne = 0.01
     """Share of the documents that training never sees, chosen by a hash of their words."""
 
     random_next_probability: Share = 0.5
-    """Share of the rows whose second segment comes from another document."""
+    """Of pairs: share of the rows whose second segment comes from another document."""
 
     short_row_probability: Share = 0.1
-    """Share of the rows that are made shorter, so that the model sees short inputs too."""
+    """Of pairs: share of the rows that are made shorter, so that the model sees short inputs too."""
 
     seed: NonNegativeInt = 0
     """Of the random choices in making rows."""
@@ -84,11 +90,23 @@ class BuildSettings:
     """Replace what another recipe built in the output folder."""
 
 
+def _pair_faults(layout: str, random_next_probability: float, short_row_probability: float) -> Iterator[str]:
+    if layout == "pairs":
+        return
+    values = {"random_next_probability": random_next_probability, "short_row_probability": short_row_probability}
+    for name, value in values.items():
+        if value != BuildSettings.__dataclass_fields__[name].default:
+            yield f"{name}: {value} has no effect on causal rows, which have no pairs: leave it out"
+
+
+RULES = (Rule(("layout", "random_next_probability", "short_row_probability"), _pair_faults),)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     # One thread: what scales is processes, each with work units of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
-    return run_command(lambda: build(load_settings(BuildSettings, argv, "python -m data_prep.build_shards")))
+    return run_command(lambda: build(load_settings(BuildSettings, argv, "python -m data_prep.build_shards", RULES)))
 
 
 def build(settings: BuildSettings) -> None:
@@ -133,7 +151,7 @@ def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> Ma
                 f"{fraction}, and so on documents that are to be held out: train it with the same fraction"
             )
     fingerprint = tokenizer_fingerprint(tokenizer)
-    deciding = {**asdict(settings), "tokenizer": fingerprint}
+    deciding = {**asdict(settings), "tokenizer": fingerprint, "row_length": row_length(settings)}
     for name in ("input", "output", "overwrite"):
         del deciding[name]
     return Manifest(Origin(deciding, tuple(map(record_input, settings.input))), fingerprint, vocabulary_size(tokenizer))
@@ -145,7 +163,7 @@ def unit_builder(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, pl
         root=Path(settings.output),
         encode=text_encoder(tokenizer),
         unknown_id=tokenizer.unk_token_id,
-        layout=pair_layout(settings, tokenizer),
+        layout=row_layout(settings, tokenizer),
         fields=plan.fields,
         seed=settings.seed,
         heldout_fraction=settings.heldout_fraction,
@@ -154,12 +172,29 @@ def unit_builder(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, pl
     )
 
 
-def pair_layout(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> PairLayout:
-    """The look of the rows; where a tokenizer has no [CLS] and [SEP], its begin and end of text stand for them.
+def row_length(settings: BuildSettings) -> int:
+    """Tokens of a row: the recipe's, or its layout's."""
+    return settings.row_length or ROW_LENGTHS[settings.layout]
+
+
+def row_layout(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> RowLayout:
+    """The look of the rows.
 
     Raises:
-        ValueError: the tokenizer lacks one of the three special tokens.
+        ValueError: the tokenizer lacks a special token that they need, or adds others than decoders want.
     """
+    return (_pair_layout if settings.layout == "pairs" else _causal_layout)(settings, tokenizer)
+
+
+def _causal_layout(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> CausalLayout:
+    """Documents begin as texts do when the model is used; padding, which nothing sees, may be any token."""
+    begin_ids, end_id = document_frame(tokenizer)
+    pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return CausalLayout(row_length(settings), begin_ids, end_id, pad_id, ids_dtype(vocabulary_size(tokenizer)))
+
+
+def _pair_layout(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> PairLayout:
+    """Where a tokenizer has no [CLS] and [SEP], its begin and end of text stand for them."""
     first_of = {
         "cls_id": (tokenizer.cls_token_id, tokenizer.bos_token_id),
         "sep_id": (tokenizer.sep_token_id, tokenizer.eos_token_id),
@@ -170,7 +205,7 @@ def pair_layout(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> 
     if missing:
         raise ValueError(f"tokenizer {settings.tokenizer} has no token for {', '.join(missing)}: add it and save again")
     return PairLayout(
-        settings.row_length,
+        row_length(settings),
         **ids,
         ids_dtype=ids_dtype(vocabulary_size(tokenizer)),
         random_next_probability=settings.random_next_probability,

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, with_config
 from data_prep.files import read_record, write_json
 from data_prep.origin import Origin
 from data_prep.shards import (
+    LAYOUT_FIELDS,
     REMEDY,
     CorruptShard,
     Field,
@@ -24,12 +25,12 @@ from data_prep.shards import (
     ShardReader,
     ShardRecord,
     ids_dtype,
-    pair_fields,
+    row_fields,
     scan_shard,
 )
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")
@@ -45,6 +46,7 @@ class Counts:
         unknown_tokens: those that the tokenizer has no name for
         rows: in the shards
         row_tokens: positions of the rows before their padding
+        bytes: of the documents' text in UTF-8
     """
 
     documents: int = 0
@@ -53,6 +55,7 @@ class Counts:
     unknown_tokens: int = 0
     rows: int = 0
     row_tokens: int = 0
+    bytes: int = 0
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
@@ -117,6 +120,10 @@ class Manifest:
         row_length = manifest.origin.settings.get("row_length")
         if type(row_length) is not int or row_length < 1:
             raise ValueError(f"{path}: origin.settings.row_length is {row_length!r}, no length; {REMEDY}")
+        layout = manifest.origin.settings.get("layout")
+        if layout not in tuple(LAYOUT_FIELDS):  # may be of any type
+            known = " or ".join(LAYOUT_FIELDS)
+            raise ValueError(f"{path}: origin.settings.layout is {layout!r}, expected {known}; {REMEDY}")
         return manifest
 
     @property
@@ -125,9 +132,14 @@ class Manifest:
         return self.origin.settings["row_length"]
 
     @property
+    def layout(self) -> str:
+        """How the rows look: pairs or causal."""
+        return self.origin.settings["layout"]
+
+    @property
     def fields(self) -> tuple[Field, ...]:
         """The arrays of the shards."""
-        return pair_fields(self.row_length, ids_dtype(self.vocab_size))
+        return row_fields(self.layout, self.row_length, ids_dtype(self.vocab_size))
 
     def index(self, shards: Iterable[ShardRecord]) -> ShardIndex:
         """The index of a split with these shards."""

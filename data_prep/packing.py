@@ -5,11 +5,77 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from data_prep.sentences import split_sentences
+
 SPECIAL_TOKENS_PER_ROW = 3  # [CLS] A [SEP] B [SEP]
+
+
+class TokenizedDocument(NamedTuple):
+    """A document's tokens: `ids` uint32 [num_tokens], and where its sentences end, the last at num_tokens."""
+
+    ids: np.ndarray
+    sentence_ends: list[int]
+
+
+class RowLayout(Protocol):
+    """How rows look, and how documents become rows: PairLayout or CausalLayout."""
+
+    row_length: int
+
+    def pieces(self, text: str) -> list[str]:
+        """The parts of a document that are tokenized one by one; none of an empty one."""
+        ...
+
+    def join(self, pieces: Sequence[Sequence[int]]) -> TokenizedDocument:
+        """The document again, of the token ids of its pieces."""
+        ...
+
+    def pack(self, documents: Sequence[TokenizedDocument], seed: str) -> dict[str, np.ndarray]:
+        """Rows: one array [n, ...] per field. Raises ValueError for a token id that the rows' type does not hold."""
+        ...
+
+
+@dataclass(frozen=True)
+class CausalLayout:
+    """How causal rows look: documents one after another, each from `begin_ids` to `end_id`, cut wherever a row is full.
+
+    Attributes:
+        row_length: positions
+        begin_ids: what stands before a document's tokens: a begin of text, or nothing
+        end_id, pad_id: token ids; padding stands at the end of the last row alone
+        ids_dtype: "uint16", or "uint32" where the vocabulary needs it
+    """
+
+    row_length: int
+    begin_ids: tuple[int, ...]
+    end_id: int
+    pad_id: int
+    ids_dtype: str
+
+    def pieces(self, text: str) -> list[str]:
+        return [text] if text.strip() else []
+
+    def join(self, pieces: Sequence[Sequence[int]]) -> TokenizedDocument:
+        return join_sentences(pieces, max(1, sum(map(len, pieces))))
+
+    def pack(self, documents: Sequence[TokenizedDocument], seed: str) -> dict[str, np.ndarray]:
+        """ids [n, row_length] and length [n], tokens before the padding. Nothing is left to chance: no seed is used."""
+        pool = [document for document in documents if len(document.ids)]
+        _refuse_wide_ids(pool, self)
+        begin, end = np.array(self.begin_ids, np.uint32), np.array([self.end_id], np.uint32)
+        parts = chain.from_iterable((begin, document.ids, end) for document in pool)
+        stream = np.concatenate([np.empty(0, np.uint32), *parts])
+        rows = -(-len(stream) // self.row_length)
+        ids = np.full(rows * self.row_length, self.pad_id, self.ids_dtype)
+        ids[: len(stream)] = stream
+        length = np.full(rows, self.row_length, np.uint16)
+        if rows:
+            length[-1] -= len(ids) - len(stream)
+        return {"ids": ids.reshape(rows, self.row_length), "length": length}
 
 
 @dataclass(frozen=True)
@@ -42,12 +108,14 @@ class PairLayout:
         """Tokens; longer sentences count as several, so that every full row has a boundary to divide it at."""
         return self.longest_pair // 2
 
+    def pieces(self, text: str) -> list[str]:
+        return split_sentences(text)
 
-class TokenizedDocument(NamedTuple):
-    """A document's tokens: `ids` uint32 [num_tokens], and where its sentences end, the last at num_tokens."""
+    def join(self, pieces: Sequence[Sequence[int]]) -> TokenizedDocument:
+        return join_sentences(pieces, self.longest_sentence)
 
-    ids: np.ndarray
-    sentence_ends: list[int]
+    def pack(self, documents: Sequence[TokenizedDocument], seed: str) -> dict[str, np.ndarray]:
+        return pack_sentence_pairs(documents, self, seed)
 
 
 class SentencePair(NamedTuple):
@@ -101,7 +169,7 @@ def pack_sentence_pairs(documents: Sequence[TokenizedDocument], layout: PairLayo
     }
 
 
-def _refuse_wide_ids(pool: Sequence[TokenizedDocument], layout: PairLayout) -> None:
+def _refuse_wide_ids(pool: Sequence[TokenizedDocument], layout: PairLayout | CausalLayout) -> None:
     # numpy narrows arrays by wrapping, without a word.
     largest = max((int(document.ids.max()) for document in pool), default=0)
     if largest > np.iinfo(layout.ids_dtype).max:

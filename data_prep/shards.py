@@ -58,14 +58,16 @@ def ids_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def pair_fields(row_length: int, ids_type: str) -> tuple[Field, ...]:
-    """The fields of sentence-pair rows, as data_prep.packing makes them."""
-    return (
-        Field("ids", ids_type, row_length),
-        Field("length", "uint16"),
-        Field("first_length", "uint16"),
-        Field("next_sentence_label", "uint8"),
-    )
+LAYOUT_FIELDS = {
+    "pairs": (Field("first_length", "uint16"), Field("next_sentence_label", "uint8")),
+    "causal": (),
+}
+"""What rows hold beside ids and length, by the layout in which data_prep.packing made them."""
+
+
+def row_fields(layout: str, row_length: int, ids_type: str) -> tuple[Field, ...]:
+    """The fields of rows in a layout of LAYOUT_FIELDS."""
+    return (Field("ids", ids_type, row_length), Field("length", "uint16"), *LAYOUT_FIELDS[layout])
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,25 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def document_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
+    """What stands around each document in causal rows: the ids that a call puts before a text, and the end of text.
+
+    Raises:
+        ValueError: the tokenizer has no end of text, or adds one to every text: prompts would have it, too.
+    """
+    end_id = tokenizer.eos_token_id
+    if end_id is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path} has no end of text (eos_token): add it and save again")
+    begin_ids = tuple(tokenizer("")["input_ids"])
+    if len(begin_ids) > 1 or end_id in begin_ids:
+        added = " ".join(tokenizer.convert_ids_to_tokens(begin_ids))
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path} adds {added} to a text, as encoders want it: decoders need one that "
+            "adds a begin of text at most (data_prep.train_tokenizer --template causal)"
+        )
+    return begin_ids, end_id
+
+
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TokenEncoder:
     """A function from texts to their ids, whole and without special tokens; "[SEP]" or "</s>" in a text is text.
 

@@ -144,6 +144,23 @@ def _check_equal(
             raise RuntimeError(f"tokenizers and sentencepiece disagree on {sentence!r}: {found}, {expected}")
 
 
+def causal_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same pieces as decoders use them: a call adds the begin of text alone, and pads on the left."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    begin, end = tokenizer.cls_token, tokenizer.sep_token
+    ids = [(begin, tokenizer.cls_token_id)]
+    backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", pair=None, special_tokens=ids)
+    special = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in ("pad", "unk")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+        bos_token=begin,
+        eos_token=end,
+        **special,
+    )
+
+
 def _transformers_tokenizer(tokenizer: Tokenizer, special: dict[str, str], **names: str) -> PreTrainedTokenizerFast:
     """With [CLS] A [SEP] B [SEP] as what a call adds, and the special tokens registered in all roles."""
     cls, sep = special["cls"], special["sep"]

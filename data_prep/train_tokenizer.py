@@ -20,7 +20,7 @@ from data_prep.origin import Inputs, Origin, faults_of, record_input, refusal
 from data_prep.recipes import BelowOne, FolderName, load_settings, run_command, strict
 from data_prep.sources import hash_share, is_heldout, plan_units, read_unit
 from data_prep.tokenization import TRAINING_RECORD, TrainingRecord, load_tokenizer, tokenizer_fingerprint
-from data_prep.tokenizer_models import train_sentencepiece, train_wordpiece
+from data_prep.tokenizer_models import causal_tokenizer, train_sentencepiece, train_wordpiece
 
 MODEL_NAME = "sentencepiece.model"
 SAMPLE_SALT = 1  # so that sampling does not go by the hash that holds out
@@ -42,6 +42,9 @@ class TokenizerSettings:
 
     output: FolderName
     """Folder to write."""
+
+    template: Literal["pairs", "causal"] = "pairs"
+    """What a call adds to a text: begin and end of one or two segments, for encoders; causal: the begin alone."""
 
     lowercase: bool = False
     """Make text lower-case first; WordPiece then drops accents too, as uncased BERT does."""
@@ -76,6 +79,8 @@ def train(settings: TokenizerSettings) -> None:
             tokenizer, model = train_wordpiece(texts, settings.vocab_size, settings.lowercase), None
         else:
             tokenizer, model = train_sentencepiece(texts, settings.vocab_size, settings.lowercase)
+    if settings.template == "causal":
+        tokenizer = causal_tokenizer(tokenizer)
     save(output, tokenizer, model, origin)
     print(f"{output}: {settings.kind} tokenizer with {len(tokenizer):,} entries")
 

@@ -9,8 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.manifest import SPLITS, Counts, UnitRecord
-from data_prep.packing import PairLayout, TokenizedDocument, join_sentences, pack_sentence_pairs
-from data_prep.sentences import split_sentences
+from data_prep.packing import RowLayout, TokenizedDocument
 from data_prep.shards import Field, ShardRecord, ShardWriter
 from data_prep.sources import Document, WorkUnit, is_heldout, read_unit
 from data_prep.tokenization import TokenEncoder
@@ -32,7 +31,7 @@ class UnitBuilder:
     root: Path
     encode: TokenEncoder
     unknown_id: int | None
-    layout: PairLayout
+    layout: RowLayout
     fields: tuple[Field, ...]
     seed: int
     heldout_fraction: float
@@ -44,10 +43,10 @@ class UnitBuilder:
         splits = {name: _Split(self, name, unit.number) for name in SPLITS}
         empty_documents = 0
         for documents in _batches(read_unit(unit)):
-            for document, sentences in zip(documents, self._tokenize(documents), strict=True):
-                if any(sentences):
+            for document, pieces in zip(documents, self._tokenize(documents), strict=True):
+                if any(pieces):
                     name = "heldout" if is_heldout(document.text, self.heldout_fraction) else "train"
-                    splits[name].add(sentences)
+                    splits[name].add(pieces, len(document.text.encode()))
                 else:
                     empty_documents += 1
             progress.update(len(documents))
@@ -55,10 +54,10 @@ class UnitBuilder:
         return UnitRecord({name: split.counts for name, split in splits.items()}, shards, empty_documents)
 
     def _tokenize(self, documents: Sequence[Document]) -> list[list[list[int]]]:
-        """Token ids of each sentence of each document."""
-        sentences = [split_sentences(document.text) for document in documents]
-        encoded = iter(self.encode(list(chain.from_iterable(sentences))))
-        return [list(islice(encoded, len(each))) for each in sentences]
+        """Token ids of each piece of each document."""
+        pieces = [self.layout.pieces(document.text) for document in documents]
+        encoded = iter(self.encode(list(chain.from_iterable(pieces))))
+        return [list(islice(encoded, len(each))) for each in pieces]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -92,10 +91,10 @@ class _Split:
         self.pool: list[TokenizedDocument] = []
         self.pool_tokens = 0
 
-    def add(self, sentences: Sequence[Sequence[int]]) -> None:
-        document = join_sentences(sentences, self.builder.layout.longest_sentence)
+    def add(self, pieces: Sequence[Sequence[int]], num_bytes: int) -> None:
+        document = self.builder.layout.join(pieces)
         unknown = np.count_nonzero(document.ids == self.builder.unknown_id)
-        self.counts += Counts(1, len(sentences), len(document.ids), int(unknown))
+        self.counts += Counts(1, len(pieces), len(document.ids), int(unknown), bytes=num_bytes)
         self.pool.append(document)
         self.pool_tokens += len(document.ids)
         if self.pool_tokens >= POOL_TOKENS:
@@ -108,7 +107,7 @@ class _Split:
 
     def _pack(self) -> None:
         seed = f"{self.builder.seed}/{self.prefix}/{self.num_pools}"
-        rows = pack_sentence_pairs(self.pool, self.builder.layout, seed)
+        rows = self.builder.layout.pack(self.pool, seed)
         self.writer.write(rows)
         self.counts += Counts(rows=len(rows["ids"]), row_tokens=int(rows["length"].sum(dtype=np.int64)))
         self.num_pools += 1

@@ -7,7 +7,7 @@ alpha = k * mean|m| (elastic neurons, Xing et al., ICML 2024), where the mean is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -65,15 +65,22 @@ class BlockNeurons:
         amplitudes: the block's rows of the table, [sites, T]; filled in site by site where `calibrate` is set.
         counted_BL: which tokens count in the statistics (None: all).
         calibrate: measure the amplitudes instead of reading them. Every rank must take part.
+        carries: where T is run in chunks, what each site's membrane leaves to the next chunk, by site; updated by fire.
     """
 
     def __init__(
-        self, config: NeuronConfig, amplitudes: Tensor, counted_BL: Tensor | None, calibrate: bool = False
+        self,
+        config: NeuronConfig,
+        amplitudes: Tensor,
+        counted_BL: Tensor | None,
+        calibrate: bool = False,
+        carries: dict[int, Tensor] | None = None,
     ) -> None:
         self.config = config
         self.amplitudes = amplitudes
         self.counted_BL = counted_BL
         self.calibrate = calibrate
+        self.carries = carries
         self._sums: list[list[Tensor]] = []
 
     def fire(self, site: int, x_TBLD: Tensor, *, memoryless: bool = False) -> Tensor:
@@ -82,8 +89,12 @@ class BlockNeurons:
         if config.kind == "none":
             return x_TBLD
         self._sums.append([])
+        carry = None if self.carries is None else self.carries.get(site)
         if config.kind == "lif":
-            return run_lif(x_TBLD, leak=config.leak, memoryless=memoryless, observe=self._observe_lif)[0]
+            spikes_TBLD, carry = run_lif(
+                x_TBLD, leak=config.leak, memoryless=memoryless, carry=carry, observe=self._observe_lif
+            )
+            return self._leave(site, spikes_TBLD, carry)
         alpha_T = self.amplitudes[site]
 
         def observe(t: int, m_BLD: Tensor) -> None:
@@ -93,7 +104,10 @@ class BlockNeurons:
 
         if memoryless:
             return run_memoryless(x_TBLD, alpha_T, observe=observe)
-        return run_neuron(x_TBLD, alpha_T, leak=config.leak, reset=config.reset, observe=observe)[0]
+        spikes_TBLD, carry = run_neuron(
+            x_TBLD, alpha_T, leak=config.leak, reset=config.reset, carry=carry, observe=observe
+        )
+        return self._leave(site, spikes_TBLD, carry)
 
     def worth(self, site: int, dtype: torch.dtype) -> Tensor | None:
         """What a spike of `site` is worth in `fire`'s output, to the bit, [T]; None for kind none."""
@@ -109,6 +123,11 @@ class BlockNeurons:
         if not self._sums:
             return torch.zeros(0, self.config.num_timesteps, len(STATISTICS), dtype=torch.float64)
         return torch.stack([torch.stack(per_timestep) for per_timestep in self._sums])
+
+    def _leave(self, site: int, spikes_TBLD: Tensor, carry: Tensor | None) -> Tensor:
+        if self.carries is not None and carry is not None:
+            self.carries[site] = carry
+        return spikes_TBLD
 
     def _observe_lif(self, t: int, m_BLD: Tensor) -> None:
         self._sums[-1].append(_measure_lif(m_BLD, self.counted_BL))
@@ -160,6 +179,24 @@ def update_amplitudes(model: nn.Module, stats: SpikeStats) -> SpikeStats:
         moved = alpha + (1 - config.momentum) * (target - alpha)
         stack.amplitudes.copy_(torch.where(total.sums[..., 1] > 0, moved, alpha))
     return total
+
+
+def keep_timesteps(model: nn.Module, num_timesteps: int) -> None:
+    """Let a model of ours run over its first `num_timesteps` timesteps only, with the amplitudes that these have.
+
+    Raises ValueError for none, and for more than there are: those would need amplitudes, and so a calibration.
+    """
+    stack = spiking_stack(model)
+    neuron = stack.config.neuron
+    if not 1 <= num_timesteps <= neuron.num_timesteps:
+        raise ValueError(
+            f"num_timesteps is {num_timesteps}, but the model has amplitudes for {neuron.num_timesteps}: use 1 to "
+            f"{neuron.num_timesteps}, or build a model with more and calibrate it"
+        )
+    stack.config.neuron = replace(neuron, num_timesteps=num_timesteps)
+    for layer in stack.layers:
+        layer.neuron = stack.config.neuron
+    stack.amplitudes = stack.amplitudes[:, :num_timesteps].clone()
 
 
 def spiking_stack(model: nn.Module) -> nn.Module:

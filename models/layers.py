@@ -6,8 +6,10 @@ Legend: T spike timesteps (first), B batch, L tokens, D width, H heads, K width 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -20,6 +22,9 @@ SITES = ("qkv", "key", "value", "attention_output", "mlp_up", "mlp_down")
 """The neurons of a block in the order of the flow: each has its row in the amplitude table."""
 
 QKV, KEY, VALUE, ATTENTION_OUTPUT, MLP_UP, MLP_DOWN = range(len(SITES))
+
+MEMBRANES = (QKV, ATTENTION_OUTPUT, MLP_UP, MLP_DOWN)
+"""The sites whose membranes leave something to the next timestep."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,13 @@ class SpikeMLP(nn.Module):
 
 
 class SpikeBlock(GradientCheckpointingLayer):
-    """One layer. It keeps nothing between calls: amplitudes come in, statistics go out."""
+    """One layer. It keeps nothing between calls: amplitudes come in, statistics go out.
+
+    With `timesteps_per_cell` set, training runs T in cells of so many timesteps, each of which hands the membranes'
+    carries to the next, and keeps of a cell only what goes into it: the backward runs it again.
+    """
+
+    timesteps_per_cell: int | None = None
 
     def __init__(
         self,
@@ -175,14 +186,61 @@ class SpikeBlock(GradientCheckpointingLayer):
             rotary: by which queries and keys are rotated.
             cache: keys and values of the tokens before these, to which theirs are added.
         """
+        if self._has_cells(len(x_TBLD)) and not calibrate:
+            return self._run_cells(x_TBLD, amplitudes, mask, counted_BL, rotary)
         neurons = BlockNeurons(self.neuron, amplitudes, counted_BL, calibrate)
+        return self._run(x_TBLD, neurons, mask, rotary, cache), neurons.stats().to(x_TBLD.device)
+
+    def _run(
+        self,
+        x_TBLD: Tensor,
+        neurons: BlockNeurons,
+        mask: Tensor | None,
+        rotary: Rotary | None,
+        cache: SpikeCacheLayer | None = None,
+    ) -> Tensor:
         if self.norm_first:
             x_TBLD = x_TBLD + self.dropout(self.attention(self.attention_norm(x_TBLD), neurons, mask, rotary, cache))
-            x_TBLD = x_TBLD + self.dropout(self.mlp(self.mlp_norm(x_TBLD), neurons))
-        else:
-            x_TBLD = self.attention_norm(x_TBLD + self.dropout(self.attention(x_TBLD, neurons, mask, rotary, cache)))
-            x_TBLD = self.mlp_norm(x_TBLD + self.dropout(self.mlp(x_TBLD, neurons)))
-        return x_TBLD, neurons.stats().to(x_TBLD.device)
+            return x_TBLD + self.dropout(self.mlp(self.mlp_norm(x_TBLD), neurons))
+        x_TBLD = self.attention_norm(x_TBLD + self.dropout(self.attention(x_TBLD, neurons, mask, rotary, cache)))
+        return self.mlp_norm(x_TBLD + self.dropout(self.mlp(x_TBLD, neurons)))
+
+    def _has_cells(self, num_timesteps: int) -> bool:
+        cell = self.timesteps_per_cell
+        return cell is not None and cell < num_timesteps and self.training and torch.is_grad_enabled()
+
+    def _run_cells(
+        self,
+        x_TBLD: Tensor,
+        amplitudes: Tensor,
+        mask: Tensor | None,
+        counted_BL: Tensor | None,
+        rotary: Rotary | None,
+    ) -> tuple[Tensor, Tensor]:
+        outputs, sums, carries = [], [], ()
+        for x_cell, alphas in zip(
+            x_TBLD.split(self.timesteps_per_cell), amplitudes.split(self.timesteps_per_cell, dim=1), strict=True
+        ):
+            cell_mask = None if mask is None else mask[: x_cell.shape[0] * x_cell.shape[1]]  # alike at all timesteps
+            output, cell_sums, carries = checkpoint(
+                self._cell, x_cell, alphas, cell_mask, counted_BL, rotary, *carries, use_reentrant=False
+            )
+            outputs.append(output)
+            sums.append(cell_sums)
+        return torch.cat(outputs), torch.cat(sums, dim=1)
+
+    def _cell(
+        self,
+        x_TBLD: Tensor,
+        amplitudes: Tensor,
+        mask: Tensor | None,
+        counted_BL: Tensor | None,
+        rotary: Rotary | None,
+        *carries: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        by_site = dict(zip(MEMBRANES, carries, strict=False))  # the first cell has none
+        neurons = BlockNeurons(self.neuron, amplitudes, counted_BL, carries=by_site)
+        return self._run(x_TBLD, neurons, mask, rotary), neurons.stats().to(x_TBLD.device), list(by_site.values())
 
 
 def block_sites(neuron: NeuronConfig) -> tuple[str, ...]:

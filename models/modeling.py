@@ -149,7 +149,8 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
 
     def _cache(self, given: SpikeCache | None, use_cache: bool | None) -> SpikeCache | None:
         """The cache of this forward: the one given, else a new one where one is asked for and can be kept."""
-        again = self.training and any(layer.gradient_checkpointing for layer in self.stack.layers)
+        again = self.training and torch.is_grad_enabled()  # where layers may run again for the backward
+        again = again and any(layer.gradient_checkpointing for layer in self.stack.layers)
         if given is None:
             return SpikeCache(self.config) if use_cache and not again else None
         if not isinstance(given, SpikeCache):

@@ -4,7 +4,6 @@ Legend: T spike timesteps (first), B batch, L tokens, D width, S sites of the wh
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -144,29 +143,23 @@ class SpikeStack(nn.Module):
         nn.init.constant_(self.amplitudes, float("nan"))
         nn.init.constant_(self.calibrated, self.amplitudes.numel() == 0)
 
-    def keep_timesteps(self, num_timesteps: int) -> None:
-        """Run the first so many timesteps alone from now on: no neuron's past knows how many are to come.
+    def set_checkpointing(self, mode: Literal["none", "layer", "timestep"], timesteps_per_cell: int = 1) -> None:
+        """What training keeps for the backward: everything (none), or each layer's input, to run the layer again.
 
-        Raises ValueError for more timesteps than there are amplitudes for.
+        "timestep" runs that layer again in cells of `timesteps_per_cell` timesteps, and each cell once more for its own
+        backward: what is alive at once is one cell instead of one layer, for a third forward. T or more: as "layer".
+        Raises ValueError for another mode and for cells without timesteps.
         """
-        neuron = self.config.neuron
-        if not 1 <= num_timesteps <= neuron.num_timesteps:
-            raise ValueError(
-                f"num_timesteps is {num_timesteps}, but the model has {neuron.num_timesteps}: use 1 to "
-                f"{neuron.num_timesteps}, or calibrate a model that has more"
-            )
-        self.config.neuron = replace(neuron, num_timesteps=num_timesteps)
+        # Cells stand inside the layer's checkpoint: alone they keep the carries of all layers, 3D + F a boundary and
+        # token, which is more than they save (6 layers, T=8: 414 MB at the peak, layers alone 347, both 159).
+        if mode not in ("none", "layer", "timestep"):
+            raise ValueError(f"checkpointing is {mode!r}: use none, layer or timestep")
+        if timesteps_per_cell < 1:
+            raise ValueError(f"timesteps_per_cell is {timesteps_per_cell}: a cell needs at least 1 timestep")
         for layer in self.layers:
-            layer.neuron = self.config.neuron
-        self.amplitudes = self.amplitudes[:, :num_timesteps].clone()
-
-    def set_checkpointing(self, mode: Literal["none", "layer"]) -> None:
-        """What training keeps for the backward: everything (none), or each layer's input, to run the layer again."""
-        if mode not in ("none", "layer"):
-            raise ValueError(f"checkpointing is {mode!r}: use none or layer")
-        for layer in self.layers:
-            layer.gradient_checkpointing = mode == "layer"
+            layer.gradient_checkpointing = mode != "none"
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer.timesteps_per_cell = timesteps_per_cell if mode == "timestep" else None
 
     def forward(
         self,

@@ -1,12 +1,17 @@
-"""Weights of BERT checkpoints, ordinary or of the released SpikeLM, into our encoder."""
+"""Weights of other models into ours: BERT and the released SpikeLM into encoders, LLaMA into decoders."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .amplitudes import spiking_stack
+from .config import NeuronConfig, SpikeLMConfig
 from .stack import SpikeStack
 
 _BERT_NAMES = {
@@ -44,6 +49,59 @@ _KNOWN_AND_UNUSED = (
 )
 
 
+_LLAMA_NAMES = {"model.embeddings.word_embeddings": "model.embed_tokens", "model.stack.norm": "model.norm"}
+_LLAMA_LAYER_NAMES = {
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.output": ("self_attn.o_proj",),
+    "attention_norm": ("input_layernorm",),
+    "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+    "mlp_norm": ("post_attention_layernorm",),
+}
+_SHAPE_NAMES = {
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "initializer_range"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+"""What LLaMA's configuration and ours call alike."""
+
+_NEEDED_NAMES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+_NEEDED_NAMES |= {"rms_norm_eps"}
+
+_LLAMA_HEAD, _LLAMA_WORDS = "lm_head.weight", "model.embed_tokens.weight"
+_LLAMA_UNUSED = ("rotary_emb.inv_freq",)
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """The tensors of a transformers folder by name, in one file or many; each is read when it is asked for.
+
+    Raises ValueError where the folder holds no weights in safetensors.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        if (folder / WEIGHTS_INDEX).is_file():
+            names = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"]
+            self._files = {name: folder / file for name, file in names.items()}
+        elif (folder / WEIGHTS).is_file():
+            with safe_open(folder / WEIGHTS, framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), folder / WEIGHTS)
+        else:
+            raise ValueError(f"{folder} holds neither {WEIGHTS} nor {WEIGHTS_INDEX}: save the model in safetensors")
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 @dataclass
 class WarmStartReport:
     """What a warm start did: names of ours that got nothing, names of theirs that were not used, and remarks."""
@@ -63,21 +121,85 @@ def load_bert(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartRepor
     before anything is copied, where shapes do not match or weights of the encoder, embeddings included, are absent.
     """
     theirs = _with_prefix(tensors)
-    used: set[str] = set()
-    report = WarmStartReport()
-    wanted = {name: _source(name, theirs, used) for name, _ in model.named_parameters()}
-    _refuse_mismatch(dict(model.named_parameters()), wanted)
+    report, used = _copy(model, theirs, bert_names, _is_encoders)
+    if any(name == "mlm_head.decoder.bias" for name, _ in model.named_parameters()):
+        report.remarks += _untied_decoder(theirs)
+    _load_amplitudes(spiking_stack(model), theirs, used, report)
+    report.unused = sorted(name for name in set(theirs) - used if not name.endswith(_KNOWN_AND_UNUSED))
+    return report
+
+
+def llama_config(settings: Mapping[str, Any], neuron: NeuronConfig) -> SpikeLMConfig:
+    """Our configuration for the config.json of a LLaMA-shaped model, such as Mistral's, with these neurons.
+
+    Raises ValueError where the model is of another shape, or computes otherwise: other names, biases, wider heads.
+    """
+    names = _SHAPE_NAMES & settings.keys()
+    if missing := sorted(_NEEDED_NAMES - settings.keys()):
+        raise ValueError(f"config.json has no {', '.join(missing)}: it is of no LLaMA-shaped model")
+    wanted = {
+        "attention_bias": (None, False),
+        "mlp_bias": (None, False),
+        "sliding_window": (None,),
+        "head_dim": (None, settings["hidden_size"] // settings["num_attention_heads"]),
+    }
+    if faults := [f"{name} {settings[name]}" for name, ours in wanted.items() if settings.get(name) not in ours]:
+        raise ValueError(f"config.json asks for {', '.join(faults)}, which our decoder has not")
+    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    if "rope_theta" in settings:  # where older versions of transformers have it
+        rope.setdefault("rope_theta", settings["rope_theta"])
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    return SpikeLMConfig(family="llama", neuron=neuron, rope_parameters=rope or None, **{n: settings[n] for n in names})
+
+
+def load_llama(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartReport:
+    """Copy the weights of a LLaMA-shaped checkpoint into `model`, a decoder of ours, and leave it uncalibrated.
+
+    `tensors` are named as LlamaForCausalLM's state dict, as Mistral's are. Raises ValueError, before anything is
+    copied, where shapes do not match, weights are absent, or the checkpoint has weights that ours has no place for:
+    without biases of its layers, or with its head tied to the words, it would be another network.
+    """
+    untied = _LLAMA_HEAD in tensors and not torch.equal(tensors[_LLAMA_HEAD], tensors[_LLAMA_WORDS])
+    if untied and not any(name == _LLAMA_HEAD for name, _ in model.named_parameters()):
+        raise ValueError(f"{_LLAMA_HEAD} differs from {_LLAMA_WORDS}: set the model's tie_word_embeddings to false")
+    known = {name for own, _ in model.named_parameters() for name in llama_names(own, tensors)} | {_LLAMA_HEAD}
+    if unused := sorted(name for name in set(tensors) - known if not name.endswith(_LLAMA_UNUSED)):
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        raise ValueError(f"this checkpoint has no LLaMA's shape: no place for {', '.join(unused[:3])}{more}")
+    report, _ = _copy(model, tensors, lambda name: llama_names(name, tensors), lambda name: True)
+    spiking_stack(model).reset_amplitudes()  # those of other weights mean nothing for these
+    return report
+
+
+def llama_names(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """LLaMA's names for our parameter; the head is the words where the checkpoint has none of its own."""
+    if name == _LLAMA_HEAD:
+        return [_LLAMA_HEAD if _LLAMA_HEAD in tensors else _LLAMA_WORDS]
+    part, kind = name.rsplit(".", 1)
+    if part in _LLAMA_NAMES:
+        return [f"{_LLAMA_NAMES[part]}.{kind}"]
+    index, _, part = part.removeprefix("model.stack.layers.").partition(".")
+    return [f"model.layers.{index}.{theirs}.{kind}" for theirs in _LLAMA_LAYER_NAMES[part]]
+
+
+def _copy(
+    model: nn.Module,
+    theirs: Mapping[str, Tensor],
+    names_of: Callable[[str], list[str]],
+    is_needed: Callable[[str], bool],
+) -> tuple[WarmStartReport, set[str]]:
+    """Copy what `theirs` has for the model's parameters; returns a report and the names of theirs that were used."""
+    report, used = WarmStartReport(), set()
+    wanted = {name: _source(names_of(name), theirs, used) for name, _ in model.named_parameters()}
+    _refuse_mismatch(dict(model.named_parameters()), wanted, is_needed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if wanted[name] is None:
                 report.missing.append(name)
             else:
                 parameter.copy_(wanted[name])
-    if "mlm_head.decoder.bias" in wanted:
-        report.remarks += _untied_decoder(theirs)
-    _load_amplitudes(spiking_stack(model), theirs, used, report)
-    report.unused = sorted(name for name in set(theirs) - used if not name.endswith(_KNOWN_AND_UNUSED))
-    return report
+    return report, used
 
 
 def _with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,9 +209,8 @@ def _with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {("bert." + name if name.startswith(bare) else name): tensor for name, tensor in renamed.items()}
 
 
-def _source(name: str, theirs: Mapping[str, Tensor], used: set[str]) -> Tensor | None:
-    """Their tensor for our parameter `name` (None where they have none)."""
-    sources = bert_names(name)
+def _source(sources: list[str], theirs: Mapping[str, Tensor], used: set[str]) -> Tensor | None:
+    """Their tensors of these names as one (None where they have none)."""
     if not sources or any(source not in theirs for source in sources):
         return None
     used.update(sources)
@@ -112,14 +233,16 @@ def bert_names(name: str) -> list[str]:
     return []
 
 
-def _refuse_mismatch(parameters: Mapping[str, Tensor], wanted: Mapping[str, Tensor | None]) -> None:
+def _refuse_mismatch(
+    parameters: Mapping[str, Tensor], wanted: Mapping[str, Tensor | None], is_needed: Callable[[str], bool]
+) -> None:
     faults = [
         f"{name}: the checkpoint has {tuple(source.shape)}, the model {tuple(parameters[name].shape)}"
         for name, source in wanted.items()
         if source is not None and source.shape != parameters[name].shape
     ]
     faults += [
-        f"{name}: the checkpoint has none" for name, source in wanted.items() if source is None and _is_encoders(name)
+        f"{name}: the checkpoint has none" for name, source in wanted.items() if source is None and is_needed(name)
     ]
     if faults:
         remedy = "change the model's shape, or take another checkpoint"

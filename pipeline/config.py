@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field as Bounds
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_prep.recipes import BelowOne, FolderName, Share, load_settings, settings_to_dict, strict
-from models.config import NeuronConfig
+from data_prep.recipes import BelowOne, FolderName, Rule, Share, load_settings, settings_to_dict, strict
+from models.config import FAMILIES, PRESETS, NeuronConfig, SpikeLMConfig
 from pipeline.rules import RULES
 
 
@@ -30,7 +30,7 @@ class ModelSettings:
     """What stands in front of every linear layer."""
 
     warm_start: str | None = None
-    """Folder of a BERT model in safetensors whose weights to start from; null: random weights."""
+    """Folder of a BERT or, for decoders, LLaMA-shaped model in safetensors to start from; null: random weights."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class DataSettings:
 
     tokenizer_recipe: str | None = None
     """Recipe of data_prep.train_tokenizer that makes the tokenizer which shards_recipe names; null: it is there."""
+
+    sample_length: PositiveInt | None = None
+    """Tokens of a sample: causal rows are split into parts of this length when they are read; null: whole rows."""
 
     verify: bool = True
     """Read all shards once before training, each process its part, and compare their checksums; false: sizes only."""
@@ -61,7 +64,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What the model learns to predict."""
+    """Which tokens encoders learn to predict; decoders predict every next one."""
 
     mask_probability: Annotated[float, Bounds(gt=0, le=1)] = 0.15
     """Share of a row's ordinary tokens that are to be predicted."""
@@ -117,8 +120,12 @@ class EngineSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in forward and backward; the optimizer's copy of the weights is fp32 always."""
 
-    checkpointing: Literal["none", "layer"] = "none"
-    """Activations kept for the backward: all, or each layer's input only, at the price of a second forward."""
+    checkpointing: Literal["none", "layer", "timestep"] = "none"
+    """Activations kept for the backward: all; each layer's input, for a second forward; or (timestep) that, and within
+    a layer what goes from timestep to timestep, for a third one."""
+
+    checkpointing_timesteps: PositiveInt = 1
+    """Timesteps that checkpointing timestep runs again at once: fewer need less memory, more run faster."""
 
     timeout_minutes: PositiveFloat = 10
     """How long a process waits for the others before the run fails."""
@@ -177,10 +184,34 @@ class LoggingSettings:
     """Show a progress bar."""
 
 
+def _objective_faults(name: str, overrides: dict[str, Any], *values: Any) -> Iterator[str]:
+    if not is_decoder(ModelSettings(name, overrides)):
+        return
+    for item, value in zip(fields(ObjectiveSettings), values, strict=True):
+        if value != item.default:
+            yield (
+                f"objective.{item.name}: {value!r} has no effect on {name}, a decoder, which predicts every next "
+                "token: leave it out"
+            )
+
+
+OBJECTIVE_RULE = Rule(
+    ("model.preset", "model.overrides", *(f"objective.{item.name}" for item in fields(ObjectiveSettings))),
+    _objective_faults,
+)
+
+
+def is_decoder(settings: ModelSettings) -> bool:
+    """Whether the model predicts next tokens; False where its family is not known."""
+    settled = {"family": SpikeLMConfig.family, **PRESETS.get(settings.preset, {}), **settings.overrides}
+    family = FAMILIES.get(str(settled["family"]))
+    return family is not None and family.causal
+
+
 @strict
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Pretrain a SpikeLM encoder on prepared shards. Run the same command again to resume."""
+    """Pretrain a SpikeLM encoder or decoder on prepared shards. Run the same command again to resume."""
 
     name: str
     """Name of the run."""
@@ -221,6 +252,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "engine.ds_config",
     "engine.checkpointing",
+    "engine.checkpointing_timesteps",
     "engine.timeout_minutes",
     "training.micro_batch_size",
     "training.stop_after_step",
@@ -236,7 +268,7 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
 
     Raises ConfigError with all faults together.
     """
-    return load_settings(RunConfig, argv, "deepspeed pipeline/pretrain.py", RULES)
+    return load_settings(RunConfig, argv, "deepspeed pipeline/pretrain.py", (*RULES, OBJECTIVE_RULE))
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -284,6 +316,12 @@ def build_ds_config(config: RunConfig, world_size: int, run_dir: Path) -> dict[s
 def zero_stage(config: RunConfig) -> int:
     """Which states DeepSpeed partitions: 1 the optimizer's, 2 also gradients, 3 also weights."""
     return _mechanics(config)["zero_optimization"]["stage"]
+
+
+def offloads_optimizer(config: RunConfig) -> bool:
+    """Whether the optimizer's state rests in the CPU's memory (or on a disk) beside GPUs that train."""
+    offload = _mechanics(config)["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 def _mechanics(config: RunConfig) -> dict[str, Any]:

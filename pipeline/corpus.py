@@ -8,18 +8,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, check_folder
+from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, check_folder
 from data_prep.shards import CorruptShard, ShardReader
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
-from pipeline.config import DataSettings, RunConfig, accumulation_steps
+from pipeline.config import DataSettings, RunConfig, accumulation_steps, is_decoder
 from pipeline.ending import BAD_INPUT, AlreadyTold, Stopped
-from pipeline.loader import Batch, ElasticLoader, MakeBatch, heldout_batches, order_identity
-from pipeline.objectives import SpecialTokens, pretraining_batch
+from pipeline.loader import Batch, ElasticLoader, RowReader, SplitRows, heldout_batches, order_identity
+from pipeline.objectives import Objective, build_objective
 from pipeline.order import OrderState
 from pipeline.stopping import POLL_SECONDS, StopRequest, die_with_parent
 from pipeline.world import LAUNCHER_VARIABLES, World
@@ -32,16 +31,16 @@ class Corpus:
     config: RunConfig
     world: World
     tokenizer: PreTrainedTokenizerBase
-    train: ShardReader
-    heldout: ShardReader
-    make_batch: MakeBatch
+    train: RowReader
+    heldout: RowReader
+    objective: Objective
     order: OrderState
 
     def train_batches(self, samples_consumed: int, num_steps: int) -> Iterator[Batch]:
         """This rank's shares of the next `num_steps` global batches after `samples_consumed` samples."""
         loader = ElasticLoader(
             self.train,
-            self.make_batch,
+            self.objective.make_batch,
             order=replace(self.order, position=samples_consumed),
             global_batch_size=self.config.training.global_batch_size,
             rank=self.world.rank,
@@ -54,7 +53,7 @@ class Corpus:
         """One pass over the held-out rows."""
         return heldout_batches(
             self.heldout,
-            self.make_batch,
+            self.objective.make_batch,
             batch_size=self.config.evaluation.micro_batch_size,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -71,7 +70,11 @@ class Corpus:
 
     def identity(self) -> dict[str, int | str | None]:
         """What decides which samples come when, and what is evaluated; kept in every checkpoint."""
-        return {**order_identity(self.train, self.order), "heldout_fingerprint": self.heldout.fingerprint}
+        return {
+            **order_identity(self.train, self.order),
+            "heldout_fingerprint": self.heldout.fingerprint,
+            "sample_length": self.train.row_length,
+        }
 
 
 def build_missing_shards(settings: DataSettings, stop: StopRequest) -> None:
@@ -107,19 +110,22 @@ def _run_command(command: list[str], stop: StopRequest) -> None:
 def open_corpus(config: RunConfig, world: World) -> Corpus:
     """The shards that config.data names.
 
-    Raises ValueError where they are not whole, the tokenizer is not theirs, or there are too few.
+    Raises ValueError where they are not whole, the tokenizer is not theirs, there are too few, or the model needs rows
+    of another kind.
     """
     root = Path(config.data.shards)
     world.on_main(lambda: check_folder(root).version)  # one process looks at all shards, for all
-    _, tokenizer = open_tokenizer(root)
-    train = ShardReader(root / "train")
-    heldout = ShardReader(root / "heldout")
+    manifest, tokenizer = open_tokenizer(root)
+    _refuse_other_rows(config, manifest)
+    objective = build_objective(config, tokenizer)
+    readers = [ShardReader(root / split) for split in SPLITS]
     if config.data.verify:
-        faults = [fault for reader in (train, heldout) for fault in reader.faults(world.rank, world.size)]
+        faults = [fault for reader in readers for fault in reader.faults(world.rank, world.size)]
         if faults := [fault for part in world.gather(faults) for fault in part]:
             raise CorruptShard(*faults)
-    make_batch = partial(
-        pretraining_batch, seed=config.seed, settings=config.objective, tokens=SpecialTokens.of(tokenizer)
+    sample_length = config.data.sample_length or manifest.row_length
+    train, heldout = (
+        reader if sample_length == manifest.row_length else SplitRows(reader, sample_length) for reader in readers
     )
     order = OrderState(
         seed=config.seed,
@@ -127,9 +133,26 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
         run=config.data.shuffle_run,
         window=config.data.shuffle_window,
     )
-    corpus = Corpus(config, world, tokenizer, train, heldout, make_batch, order)
+    corpus = Corpus(config, world, tokenizer, train, heldout, objective, order)
     corpus.check()
     return corpus
+
+
+def _refuse_other_rows(config: RunConfig, manifest: Manifest) -> None:
+    shards, length = config.data.shards, config.data.sample_length
+    needed = "causal" if is_decoder(config.model) else "pairs"
+    if manifest.layout != needed:
+        raise ValueError(
+            f"data.shards {shards} has rows in the layout {manifest.layout}, but {config.model.preset} learns from "
+            f"{needed}: build them by data_prep.build_shards --layout {needed}, or name another model.preset"
+        )
+    if length is not None and manifest.layout != "causal":
+        raise ValueError(f"data.sample_length {length}: only causal rows can be split, pairs cannot: leave it out")
+    if length is not None and manifest.row_length % length:
+        raise ValueError(
+            f"data.sample_length {length} does not divide the rows of {manifest.row_length} tokens in {shards}: "
+            "use a divisor, or leave it out"
+        )
 
 
 def open_tokenizer(root: Path) -> tuple[Manifest, PreTrainedTokenizerBase]:

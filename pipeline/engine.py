@@ -13,12 +13,15 @@ import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from models.layers import SpikeBlock
 from pipeline.build_locks import clear_stale_locks
-from pipeline.config import RunConfig, ScheduleSettings, build_ds_config
+from pipeline.config import RunConfig, ScheduleSettings, build_ds_config, offloads_optimizer, zero_stage
 from pipeline.mixing import Choice, mix
 from pipeline.world import Place, World, join_world
 
@@ -93,14 +96,35 @@ def _seed_word(*words: int) -> int:
     return int(mix(*words)) & 0xFFFFFFFF  # torch's CPU generator reads no more bits than these
 
 
+def partition_weights(module: nn.Module, config: RunConfig, world: World) -> None:
+    """Keep this rank's share of the weights that `module` itself holds, as ZeRO-3 does; its buffers stay whole.
+
+    All ranks call it, with the same weights, which take the recipe's precision here as build_engine gives it to others.
+    """
+    own = nn.ParameterList(module.parameters(recurse=False))
+    if config.engine.precision == "bf16":
+        for parameter in own:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    # Around a constructor, deepspeed.zero.Init would round our buffers, and leave weights as transformers draws them
+    # unset; given weights that are there, it touches nothing else.
+    deepspeed.zero.Init(module=own, config_dict_or_path=build_ds_config(config, world.size, Path()))
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, buffer.to(world.device))
+
+
 def build_engine(model: nn.Module, config: RunConfig, world: World, run_dir: Path) -> DeepSpeedEngine:
     """The engine that trains `model` as `config` says: ZeRO stage and precision, AdamW, schedule, clipping."""
-    optimizer = AdamW(
+    # A state that rests in the CPU's memory is updated there, by code that needs no copy of it.
+    adamw = DeepSpeedCPUAdam if offloads_optimizer(config) else AdamW
+    optimizer = adamw(
         parameter_groups(model, config.optimizer.weight_decay),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
     )
+    if zero_stage(config) == 3 and any(isinstance(module, SpikeBlock) for module in model.modules()):
+        # A layer's weights are gathered once a pass; linear layer by linear layer it would be once a timestep.
+        set_z3_leaf_modules(model, [SpikeBlock])
     rate_of = learning_rate_factor(config.schedule, config.training.total_steps)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -6,41 +6,21 @@ it does, and computes what the checkpoint's model computes, is proved before it 
 """
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from data_prep.files import sync_file, sync_folder, write_json
-from data_prep.manifest import Manifest
+from data_prep.files import json_bytes
 from data_prep.recipes import run_command, settings_from_dict
-from models.auto import auto_class_name, save_with_code
-from models.config import SpikeLMConfig
-from models.modeling import AUTO_CLASSES
-from pipeline.checkpoint import TrainState, read_state, resolve_checkpoint
+from pipeline.checkpoint import read_state, resolve_checkpoint
 from pipeline.config import RunConfig
-from pipeline.corpus import open_tokenizer
 from pipeline.metrics import METRICS_FILE, read_metrics
-from pipeline.model import trained_model
+from pipeline.model import open_data, trained_model
 from pipeline.model_card import describe_model
+from pipeline.model_folder import CARD, DTYPES, ExportError, refuse_to_replace, write_model_folder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DATA_MANIFEST = "data_manifest.json"
-PROBE = Path(__file__).with_name("probe.py")
-
-
-class ExportError(RuntimeError):
-    """The folder does not compute what the checkpoint's model computes; nothing was exported."""
 
 
 def export(
@@ -55,120 +35,21 @@ def export(
 
     Raises ValueError for input that cannot be exported, ExportError where the proof fails.
     """
-    _refuse_to_replace(output, overwrite)
+    refuse_to_replace(output, overwrite)
     checkpoint = resolve_checkpoint(given)
     state = read_state(checkpoint)
     config = settings_from_dict(RunConfig, state.recipe)
-    manifest, tokenizer = _open_data(shards or Path(config.data.shards), state)
+    manifest, tokenizer = open_data(shards or Path(config.data.shards), state)
     model = trained_model(config, tokenizer, checkpoint).to(DTYPES[dtype])
     card = describe_model(model, tokenizer, state, manifest, _read_run(checkpoint, state.step))
-    with _whole_folder(output) as folder:
-        _write(model, tokenizer, folder)
-        write_json(folder / DATA_MANIFEST, asdict(manifest))
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        prove(model, folder)
-
-
-def prove(model: PreTrainedModel, folder: Path) -> None:
-    """Open `folder` in a new process without our code and compare all outputs on a probe batch with `model`'s.
-
-    They must be equal to the bit. Raises ExportError where they are not, or the folder does not open.
-    """
-    inputs = probe_batch(model.config)
-    with torch.no_grad():
-        expected = dict(model.eval()(**inputs))
-    with TemporaryDirectory() as scratch:
-        found = _run_elsewhere(folder, auto_class_name(model, AUTO_CLASSES), inputs, Path(scratch))
-    differing = [name for name, tensor in expected.items() if name not in found or not torch.equal(tensor, found[name])]
-    if differing:
-        raise ExportError(f"the exported model computes other {', '.join(differing)} than the checkpoint's")
-
-
-def probe_batch(config: SpikeLMConfig) -> dict[str, Tensor]:
-    """Two rows of random tokens in two segments that use every position, the second one half padding."""
-    length = config.max_position_embeddings
-    generator = torch.Generator().manual_seed(0)
-    position = torch.arange(length).expand(2, length)
-    segments = (position >= length // 3).long().clamp(max=config.type_vocab_size - 1)
-    return {
-        "input_ids": torch.randint(config.vocab_size, (2, length), generator=generator),
-        "attention_mask": (position < torch.tensor([[length], [(length + 1) // 2]])).long(),
-        "token_type_ids": segments,
-    }
-
-
-def _run_elsewhere(folder: Path, auto_class: str, inputs: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
-    """What the model in `folder` gives for `inputs` in a process that starts in, and has as its home, `scratch`."""
-    save_file(inputs, scratch / "inputs.safetensors")
-    # As many threads as here: how a sum is divided among them decides its rounding.
-    arguments = [folder.resolve(), auto_class, scratch, torch.get_num_threads()]
-    home = {name: str(scratch) for name in ("HOME", "HF_HOME", "HF_MODULES_CACHE")}
-    result = subprocess.run(
-        [sys.executable, "-I", str(PROBE), *map(str, arguments)],
-        cwd=scratch,
-        env={**os.environ, **home, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        raise ExportError(f"the exported folder does not open in a process of its own:\n{result.stderr.strip()}")
-    return load_file(scratch / "outputs.safetensors")
-
-
-def _open_data(root: Path, state: TrainState) -> tuple[Manifest, PreTrainedTokenizerBase]:
-    """Manifest and tokenizer of the shards that `state` was trained on."""
-    if not root.is_dir():
-        raise ValueError(
-            f"the run's shards {root} do not exist: give the folder that holds them now by --shards FOLDER"
-        )
-    manifest, tokenizer = open_tokenizer(root)
-    if manifest.indexes["train"] != state.data["fingerprint"]:
-        raise ValueError(f"the run was not trained on the shards in {root}: give those that it was by --shards FOLDER")
-    return manifest, tokenizer
+    data = json_bytes(asdict(manifest)).decode()
+    write_model_folder(model, tokenizer, output, {CARD: card, DATA_MANIFEST: data})
 
 
 def _read_run(checkpoint: Path, last_step: int) -> list[dict]:
     """What the run has measured up to the checkpoint; nothing where the checkpoint lies outside a run."""
     path = checkpoint.resolve().parent.parent / METRICS_FILE
     return [record for record in read_metrics(path) if record["step"] <= last_step] if path.exists() else []
-
-
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    save_with_code(model, AUTO_CLASSES, folder)
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors lets nobody but the owner read what it writes
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
-
-
-def _refuse_to_replace(output: Path, overwrite: bool) -> None:
-    if not output.exists():
-        return
-    if not overwrite:
-        raise ValueError(f"{output} exists: name another folder, or replace it by --overwrite")
-    if not (output / DATA_MANIFEST).is_file():
-        raise ValueError(f"{output} is no export of ours, so --overwrite leaves it alone: name another folder")
-
-
-@contextmanager
-def _whole_folder(output: Path) -> Iterator[Path]:
-    """A new folder that takes the name `output`, in place of what has it, after the body; removed where that raises."""
-    output = output.resolve()
-    unfinished = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed export
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        for path in unfinished.iterdir():
-            sync_file(path)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(unfinished, output)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
-    sync_folder(output.parent)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from data_prep.files import atomic_file
 from data_prep.recipes import run_command
 from data_prep.tokenization import load_tokenizer, vocabulary_size
-from models.amplitudes import SpikeStats, spiking_stack
+from models.amplitudes import SpikeStats, keep_timesteps, spiking_stack
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForCausalLM
 from models.outputs import SpikeLMCausalLMOutput
@@ -134,7 +134,7 @@ def open_model(
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     if num_timesteps is not None:
-        spiking_stack(model).keep_timesteps(num_timesteps)
+        keep_timesteps(model, num_timesteps)
     return model.to(_device(device)).eval(), tokenizer
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.objectives import ignore_rows
+from pipeline.objectives import without_targets
 from pipeline.order import OrderState, sample_ids
 
 
@@ -21,6 +21,9 @@ class RowReader(Protocol):
 
     fingerprint: str
     """Names the contents: another set of rows, or another order of them, has another fingerprint."""
+
+    row_length: int
+    """Tokens of a row."""
 
     def __len__(self) -> int: ...
 
@@ -43,6 +46,29 @@ class Batch(NamedTuple):
     tensors: dict[str, Tensor]
     sample_ids: Tensor  # int64 [B]
     epochs: Tensor  # int64 [B]
+
+
+class SplitRows:
+    """Causal rows in equal parts of `sample_length` tokens: sample s is part s % parts of row s // parts.
+
+    The fingerprint is that of the rows. Where a row's padding fills a part, the sample has no tokens.
+    """
+
+    def __init__(self, reader: RowReader, sample_length: int) -> None:
+        self.fingerprint = reader.fingerprint
+        self.row_length = sample_length
+        self._reader = reader
+        self._parts = reader.row_length // sample_length
+
+    def __len__(self) -> int:
+        return len(self._reader) * self._parts
+
+    def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
+        rows = self._reader.read(sample_ids // self._parts)
+        part = sample_ids % self._parts
+        ids = rows["ids"].reshape(len(sample_ids), self._parts, self.row_length)[np.arange(len(sample_ids)), part]
+        length = rows["length"].astype(np.int64) - part * self.row_length
+        return {"ids": ids, "length": length.clip(0, self.row_length)}
 
 
 class ElasticLoader(Dataset):
@@ -117,8 +143,8 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """This rank's batches of one pass over all rows of `reader`, each row once over all ranks, as in epoch 0.
 
-    Every rank gets the same number of batches, all of `batch_size` rows: what is missing at the end is filled with
-    ignored rows, whose sample id is -1. Raises ValueError where there are no rows.
+    Every rank gets the same number of batches, of `batch_size` rows but for the last ones. A rank for which no row is
+    left then gets one that is ignored, whose sample id is -1. Raises ValueError where there are no rows.
     """
     if not len(reader):
         raise ValueError("there are no held-out rows: prepare the data with a larger held-out share")
@@ -149,14 +175,13 @@ def identity_differences(saved: Mapping[str, object], current: Mapping[str, obje
 
 
 def _heldout_batch(reader: RowReader, make_batch: MakeBatch, start: int, batch_size: int) -> Batch:
-    """Rows [start, start + batch_size); those beyond the last row are copies of it that are ignored."""
-    ids = np.minimum(np.arange(start, start + batch_size), len(reader) - 1)
-    batch = _read(reader, make_batch, ids, np.zeros_like(ids))
-    counted = min(max(len(reader) - start, 0), batch_size)
-    if counted == batch_size:
-        return batch
-    batch.sample_ids[counted:] = -1
-    return batch._replace(tensors=ignore_rows(batch.tensors, counted))
+    """The rows from `start` on; where there are none, the last of all, ignored."""
+    ids = np.arange(start, min(start + batch_size, len(reader)))
+    if len(ids):
+        return _read(reader, make_batch, ids, np.zeros_like(ids))
+    last = np.array([len(reader) - 1])
+    batch = _read(reader, make_batch, last, np.zeros_like(last))
+    return batch._replace(tensors=without_targets(batch.tensors), sample_ids=torch.full_like(batch.sample_ids, -1))
 
 
 def _ignore_stops(worker: int) -> None:

@@ -1,33 +1,75 @@
 """The model that a recipe describes: untrained, as its training starts, or as one of its checkpoints has it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
-from data_prep.tokenization import vocabulary_size
+from data_prep.manifest import Manifest
+from data_prep.recipes import settings_from_dict
+from data_prep.tokenization import load_tokenizer, vocabulary_size
 from models.amplitudes import spiking_stack
 from models.config import SpikeLMConfig, preset
-from models.modeling import SpikeLMForMaskedLM, SpikeLMForPreTraining
-from models.warm_start import load_bert
-from pipeline.checkpoint import CheckpointError, read_weights
-from pipeline.config import RunConfig
-from pipeline.corpus import Corpus
+from models.modeling import (
+    AUTO_CLASSES,
+    SpikeLMForCausalLM,
+    SpikeLMForMaskedLM,
+    SpikeLMForPreTraining,
+    SpikeLMPreTrainedModel,
+)
+from models.warm_start import CheckpointTensors, load_bert, load_llama
+from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
+from pipeline.config import RunConfig, is_decoder, zero_stage
+from pipeline.corpus import Corpus, open_tokenizer
+from pipeline.engine import partition_weights
+from pipeline.world import World
 
 
-def build_model(config: RunConfig, corpus: Corpus) -> tuple[SpikeLMForMaskedLM, list[str]]:
+def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeLMPreTrainedModel, list[str]]:
     """The recipe's model for the corpus: freshly initialised, or with the weights of model.warm_start.
 
+    Under ZeRO-3 no process ever holds more of a fresh model than its share and one module; a warm start is read whole.
     Also returns what a warm start has to remark. Raises ValueError, with all faults, where the corpus does not fit.
     """
-    model = _untrained(config, corpus.tokenizer)
+    with torch.device("meta"):
+        model = _untrained(config, corpus.tokenizer)
     _refuse_misfit(model.config, corpus)
-    spiking_stack(model).set_checkpointing(config.engine.checkpointing)
+    partitioned = zero_stage(config) == 3 and not config.model.warm_start
+    draw_weights(model, partial(partition_weights, config=config, world=world) if partitioned else None)
+    spiking_stack(model).set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
     if not config.model.warm_start:
         return model, []
-    report = load_bert(model, load_file(Path(config.model.warm_start) / "model.safetensors"))
+    load = load_llama if model.config.traits.causal else load_bert
+    report = load(model, CheckpointTensors(config.model.warm_start))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     return model, [f"{', '.join(names)} {what}" for what, names in parts.items() if names] + report.remarks
+
+
+def draw_weights(model: PreTrainedModel, finish: Callable[[nn.Module], None] | None = None) -> None:
+    """Give a model that was made on the meta device its weights, drawn in the order of its modules, and its buffers.
+
+    The same generator gives the same weights whatever becomes of them: `finish` is called with each module once its own
+    weights are drawn, and may leave a share of them only. All of them must be _init_weights' business.
+    """
+    drawn: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, empty in module.named_parameters(recurse=False):
+            if empty not in drawn:
+                drawn[empty] = nn.Parameter(torch.empty_like(empty, device="cpu"), empty.requires_grad)
+            setattr(module, name, drawn[empty])
+        for name, empty in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(empty, device="cpu"))
+        model._init_weights(module)
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # where another module shares it, transformers leaves it as it is
+        if finish:
+            finish(module)
+    for parameter in drawn.values():
+        del parameter._is_hf_initialized
 
 
 def _refuse_misfit(config: SpikeLMConfig, corpus: Corpus) -> None:
@@ -39,14 +81,14 @@ def _refuse_misfit(config: SpikeLMConfig, corpus: Corpus) -> None:
         )
     if config.max_position_embeddings < corpus.train.row_length:
         faults.append(
-            f"the rows have {corpus.train.row_length} tokens, the model {config.max_position_embeddings} positions: "
-            "raise model.overrides.max_position_embeddings, or build shorter rows"
+            f"the samples have {corpus.train.row_length} tokens, the model {config.max_position_embeddings} positions: "
+            "raise model.overrides.max_position_embeddings, or build shorter rows (causal ones: set data.sample_length)"
         )
     if faults:
         raise ValueError("; ".join(faults))
 
 
-def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> SpikeLMForMaskedLM:
+def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> SpikeLMPreTrainedModel:
     """The recipe's model with the fp32 weights and the amplitudes of its checkpoint, ready for use.
 
     Raises CheckpointError where the checkpoint is of another model.
@@ -59,12 +101,50 @@ def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpo
     return model.eval()
 
 
-def _untrained(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpikeLMForMaskedLM:
+def open_data(root: Path, state: TrainState) -> tuple[Manifest, PreTrainedTokenizerBase]:
+    """Manifest and tokenizer of the shards that `state` was trained on."""
+    if not root.is_dir():
+        raise ValueError(
+            f"the run's shards {root} do not exist: give the folder that holds them now by --shards FOLDER"
+        )
+    manifest, tokenizer = open_tokenizer(root)
+    if manifest.indexes["train"] != state.data["fingerprint"]:
+        raise ValueError(f"the run was not trained on the shards in {root}: give those that it was by --shards FOLDER")
+    return manifest, tokenizer
+
+
+def open_model(
+    given: Path, shards: Path | None = None
+) -> tuple[SpikeLMPreTrainedModel, PreTrainedTokenizerBase, RunConfig | None]:
+    """A trained model, its tokenizer and, where it is a run's, the run's settings.
+
+    Args:
+        given: an exported folder, or what resolve_checkpoint takes.
+        shards: where the shards of a run lie now, if not where its recipe says.
+
+    Raises ValueError where there is no such model; CheckpointError for a damaged one.
+    """
+    if not (given / CONFIG_NAME).is_file():
+        checkpoint = resolve_checkpoint(given)
+        state = read_state(checkpoint)
+        config = settings_from_dict(RunConfig, state.recipe)
+        _, tokenizer = open_data(shards or Path(config.data.shards), state)
+        return trained_model(config, tokenizer, checkpoint), tokenizer, config
+    model_config = SpikeLMConfig.from_pretrained(given)
+    heads = {head.__name__: head for head in AUTO_CLASSES.values()}
+    head = next((heads[name] for name in model_config.architectures or () if name in heads), None)
+    if head is None:
+        raise ValueError(f"{given / CONFIG_NAME} names no model of ours: architectures is {model_config.architectures}")
+    return head.from_pretrained(given).eval(), load_tokenizer(given), None
+
+
+def _untrained(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpikeLMPreTrainedModel:
     settings = config.model
-    model_config = preset(
-        settings.preset,
-        neuron=settings.neuron,
-        **{"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, **settings.overrides},
-    )
+    of_tokenizer = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if is_decoder(settings):  # so that generation knows where to begin and to end
+        of_tokenizer |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model_config = preset(settings.preset, neuron=settings.neuron, **{**of_tokenizer, **settings.overrides})
+    if model_config.traits.causal:
+        return SpikeLMForCausalLM(model_config)
     heads = SpikeLMForPreTraining if config.objective.next_sentence else SpikeLMForMaskedLM
     return heads(model_config)

@@ -12,19 +12,23 @@ from pipeline.checkpoint import TrainState
 Record = Mapping[str, Any]
 """A line of metrics.jsonl."""
 
-HEADER = {"library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["spikelm", "spiking", "masked-lm"]}
+TASKS = {False: ("fill-mask", "masked-lm"), True: ("text-generation", "causal-lm")}
+"""Of encoders and decoders: transformers' pipeline, and a tag of the card."""
 
-USAGE = """\
-The folder carries the code of its model: torch and transformers are enough. Read that code before you trust it.
+CODE = (
+    "The folder carries the code of its model: torch and transformers are enough. Read that code before you trust it."
+)
 
-```python
+ENCODER_USAGE = """\
 from transformers import AutoModelForSequenceClassification, pipeline
 
 pipeline("fill-mask", model=FOLDER, trust_remote_code=True)("A word of this text is {mask}.")
-AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=2, trust_remote_code=True)  # to be fine-tuned
-```
+AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=2, trust_remote_code=True)  # to be fine-tuned"""
 
-AutoModel, AutoModelForMaskedLM and AutoModelForPreTraining open it as well."""
+DECODER_USAGE = """\
+from transformers import pipeline
+
+pipeline("text-generation", model=FOLDER, trust_remote_code=True)("Once upon a time", max_new_tokens=50)"""
 
 
 def describe_model(
@@ -36,22 +40,32 @@ def describe_model(
 ) -> str:
     """The card: Markdown, with the header that model hubs read. `records` are the run's, up to the exported step."""
     sections = {
-        "Use": USAGE.format(mask=tokenizer.mask_token),
+        "Use": _usage(model, tokenizer),
         "Losses": _losses(records),
         "Firing rates": _firing_rates(records),
         "Data": _data(manifest),
-        "Recipe": _block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
+        "Recipe": block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items()]
-    header = f"---\n{yaml.safe_dump(HEADER, sort_keys=False)}---"
+    task, tag = TASKS[model.config.traits.causal]
+    tags = {"library_name": "transformers", "pipeline_tag": task, "tags": ["spikelm", "spiking", tag]}
+    header = f"---\n{yaml.safe_dump(tags, sort_keys=False)}---"
     return "\n\n".join([header, f"# {state.recipe['name']}\n\n{_summary(model, state)}", *body]) + "\n"
+
+
+def _usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    if model.config.traits.causal:
+        return f"{CODE}\n\n{block('python', DECODER_USAGE)}\n\nAutoModel and AutoModelForCausalLM open it as well."
+    usage = block("python", ENCODER_USAGE.format(mask=tokenizer.mask_token))
+    return f"{CODE}\n\n{usage}\n\nAutoModel, AutoModelForMaskedLM and AutoModelForPreTraining open it as well."
 
 
 def _summary(model: PreTrainedModel, state: TrainState) -> str:
     config, neuron = model.config, model.config.neuron
     spikes = f"{neuron.kind} neurons over {neuron.num_timesteps} timesteps before every linear layer"
+    kind = "decoder" if config.traits.causal else "encoder"
     return (
-        f"SpikeLM encoder with {'no spiking neurons' if neuron.kind == 'none' else spikes}: "
+        f"SpikeLM {kind} with {'no spiking neurons' if neuron.kind == 'none' else spikes}: "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, {model.num_parameters():,} parameters in "
         f"{str(model.dtype).removeprefix('torch.')}, sequences of up to {config.max_position_embeddings} tokens. "
         f"Pretrained for {state.step:,} steps on {state.samples_consumed:,} samples by {state.world_size} process(es)."
@@ -71,7 +85,7 @@ def _losses(records: Sequence[Record]) -> str:
         "In nats per target; accuracies are shares of 1. A model that knows the frequency of every token and nothing "
     )
     note += "of its context reaches the unigram entropy."
-    return f"{_table(('rows', 'step', 'measure', 'value'), rows)}\n\n{note}" if rows else "Not recorded."
+    return f"{table(('rows', 'step', 'measure', 'value'), rows)}\n\n{note}" if rows else "Not recorded."
 
 
 def _firing_rates(records: Sequence[Record]) -> str:
@@ -79,7 +93,7 @@ def _firing_rates(records: Sequence[Record]) -> str:
     for record in _last(records, "heldout"):
         if "firing_rate" in record:
             rates = {"all": record["firing_rate"], **record["firing_rate_by_site"]}
-            return _table(("site", "firing rate"), [(site, f"{rate:.4f}") for site, rate in rates.items()])
+            return table(("site", "firing rate"), [(site, f"{rate:.4f}") for site, rate in rates.items()])
     return "None recorded."
 
 
@@ -91,8 +105,8 @@ def _data(manifest: Manifest) -> str:
     inputs = [(each.name, each.content) for each in manifest.origin.inputs]
     return "\n\n".join(
         [
-            _table(("split", "documents", "sentences", "tokens", f"rows of {manifest.row_length}"), counts),
-            _table(("input", "content"), inputs),
+            table(("split", "documents", "sentences", "tokens", f"rows of {manifest.row_length}"), counts),
+            table(("input", "content"), inputs),
             f"Tokenizer {manifest.tokenizer_fingerprint} with {manifest.vocab_size:,} entries. "
             "The whole manifest is in data_manifest.json.",
         ]
@@ -104,11 +118,13 @@ def _last(records: Sequence[Record], kind: str) -> list[Record]:
     return [record for record in records if record["kind"] == kind][-1:]
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table in Markdown."""
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _block(language: str, text: str) -> str:
+def block(language: str, text: str) -> str:
+    """A block of code in Markdown."""
     return f"```{language}\n{text.strip()}\n```"

@@ -1,25 +1,92 @@
-"""Rows of token ids into training batches: pure functions, seeded by sample id and epoch alone.
+"""What models learn to predict: rows of token ids into training batches, and what of a model's output counts.
 
-What a sample looks like in an epoch does not depend on ranks, loader workers, or the other samples of its batch.
+Batches are made by pure functions, seeded by sample id and epoch alone: what a sample looks like in an epoch does not
+depend on ranks, loader workers, or the other samples of its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.tokenization import vocabulary_size
-from pipeline.config import ObjectiveSettings
+from data_prep.tokenization import document_frame, vocabulary_size
+from pipeline.config import ObjectiveSettings, RunConfig, is_decoder
 from pipeline.mixing import Choice, mix
 
 IGNORED = -100
 """The label of a position or row that does not count, as torch's cross_entropy has it."""
+
+
+Rows = Mapping[str, np.ndarray]
+"""Rows of shards: one array [B, ...] per field."""
+
+LABELS = {"masked_lm": "labels", "next_sentence": "next_sentence_label", "causal_lm": "labels"}
+"""Where a batch has the targets of a loss. Models give its sum over counted targets as `<name>_loss_sum`."""
+
+
+class Objective(Protocol):
+    """What a run predicts. Picklable: loader workers make the batches."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of LABELS; each loss is a mean of its own. The first is that of tokens."""
+        ...
+
+    def make_batch(
+        self, rows: Mapping[str, np.ndarray], sample_ids: np.ndarray, epochs: np.ndarray
+    ) -> dict[str, Tensor]:
+        """Tensors for the model, row by row."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Masked tokens and, where the settings ask for it, next sentences: encoders."""
+
+    seed: int
+    settings: ObjectiveSettings
+    tokens: SpecialTokens
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return ("masked_lm", "next_sentence") if self.settings.next_sentence else ("masked_lm",)
+
+    def make_batch(
+        self, rows: Mapping[str, np.ndarray], sample_ids: np.ndarray, epochs: np.ndarray
+    ) -> dict[str, Tensor]:
+        return pretraining_batch(rows, sample_ids, epochs, seed=self.seed, settings=self.settings, tokens=self.tokens)
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """Every token from those before it in its document: decoders."""
+
+    end_id: int
+    """Of the end of text, which ends every document."""
+
+    losses = ("causal_lm",)
+
+    def make_batch(
+        self, rows: Mapping[str, np.ndarray], sample_ids: np.ndarray, epochs: np.ndarray
+    ) -> dict[str, Tensor]:
+        return causal_batch(rows, end_id=self.end_id)
+
+
+def build_objective(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Objective:
+    """The objective of the recipe's model: decoders predict next tokens, encoders masked ones.
+
+    Raises ValueError where the tokenizer lacks a special token that it needs.
+    """
+    if is_decoder(config.model):
+        return NextTokens(document_frame(tokenizer)[1])
+    return MaskedTokens(config.seed, config.objective, SpecialTokens.of(tokenizer))
 
 
 @dataclass(frozen=True)
@@ -59,7 +126,7 @@ class SpecialTokens:
 
 
 def pretraining_batch(
-    rows: Mapping[str, np.ndarray],
+    rows: Rows,
     sample_ids: np.ndarray,
     epochs: np.ndarray,
     *,
@@ -98,24 +165,55 @@ def pretraining_batch(
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def count_targets(batch: Mapping[str, Tensor]) -> Tensor:
-    """How many masked tokens and how many sentence pairs of `batch` count, int64 [2]."""
-    counts = [(batch[name] != IGNORED).sum() for name in ("labels", "next_sentence_label") if name in batch]
-    return torch.stack([*counts, *[torch.zeros_like(counts[0])] * (2 - len(counts))])
+def causal_batch(rows: Rows, *, end_id: int) -> dict[str, Tensor]:
+    """Packed documents, of which every token is to be predicted that has one before it in its document and its row.
 
+    Args:
+        rows: `ids` [B, L], documents that end with `end_id`, then padding; `length` [B] tokens without padding.
 
-def ignore_rows(batch: Mapping[str, Tensor], counted: int) -> dict[str, Tensor]:
-    """A copy of `batch` in which only the first `counted` rows have targets.
-
-    The other rows attend to their first token alone, so that attention stays defined.
+    Returns int64 tensors [B, L]: `input_ids`, `attention_mask`, `position_ids`, which count from 0 within each
+    document, and `labels`, which are the ids themselves (the model shifts them), IGNORED where nothing is to be
+    predicted. A document that the row before has begun counts as one that begins here.
     """
-    ignored = {name: tensor.clone() for name, tensor in batch.items()}
-    for name in ("labels", "next_sentence_label"):
-        if name in ignored:
-            ignored[name][counted:] = IGNORED
-    ignored["attention_mask"][counted:] = 0
-    ignored["attention_mask"][counted:, 0] = 1
-    return ignored
+    ids = rows["ids"].astype(np.int64)
+    position = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    is_token = position < rows["length"][:, None]
+    is_first = np.concatenate([np.ones_like(ids[:, :1], bool), ids[:, :-1] == end_id], axis=1)
+    start = np.maximum.accumulate(np.where(is_first, position, 0), axis=1)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": is_token.astype(np.int64),
+        "position_ids": position - start,
+        "labels": np.where(is_token & ~is_first, ids, IGNORED),
+    }
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def count_targets(batch: Mapping[str, Tensor], losses: Sequence[str]) -> Tensor:
+    """How many targets of each of `losses` count in `batch`, int64 [losses]."""
+    return torch.stack([(batch[LABELS[name]] != IGNORED).sum() for name in losses])
+
+
+def loss_sums(output: object, losses: Sequence[str]) -> Tensor:
+    """The sums of `losses` over counted targets that a model gives, [losses] with gradient."""
+    return torch.stack([getattr(output, f"{name}_loss_sum") for name in losses])
+
+
+def count_correct(output: object, batch: Mapping[str, Tensor], losses: Sequence[str]) -> Tensor:
+    """How many counted targets of each of `losses` the model's output predicts right, [losses]."""
+    labels = batch["labels"]
+    correct = [(output.logits.argmax(-1) == labels[labels != IGNORED]).sum()]
+    if "next_sentence" in losses:
+        correct.append((output.next_sentence_logits.argmax(-1) == batch["next_sentence_label"]).sum())
+    return torch.stack(correct)
+
+
+def without_targets(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of `batch` that counts for nothing: no targets, and one token a row, so that attention stays defined."""
+    mask = torch.zeros_like(batch["attention_mask"])
+    mask[:, 0] = 1
+    labels = {name: torch.full_like(batch[name], IGNORED) for name in batch.keys() & LABELS.values()}
+    return {**batch, **labels, "attention_mask": mask}
 
 
 def _choose(bits: np.ndarray, candidates: np.ndarray, probability: float) -> np.ndarray:

@@ -39,7 +39,7 @@ def pretrain(config: RunConfig, stop: StopRequest) -> int:
         checkpoint, state = find_start(config, checkpointer, corpus.identity())
 
         seed_weights(config.seed)
-        model, remarks = build_model(config, corpus)
+        model, remarks = build_model(config, corpus, world)
         engine = build_engine(model, config, world, folder.path)
         seed_dropout(config.seed, world.rank)
         if checkpoint:

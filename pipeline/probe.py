@@ -1,4 +1,4 @@
-"""Run by pipeline.export in a process of its own: python -I probe.py FOLDER AUTO_CLASS SCRATCH THREADS
+"""Run by pipeline.model_folder in a process of its own: python -I probe.py FOLDER AUTO_CLASS SCRATCH THREADS
 
 Opens the model in FOLDER as a stranger would and writes all it gives for SCRATCH/inputs.safetensors to
 SCRATCH/outputs.safetensors. Exit status 1 where any module of this project was imported.

@@ -17,9 +17,11 @@ from typing import Any
 from data_prep.recipes import run_command
 from pipeline.metrics import METRICS_FILE, read_metrics
 
-LOSS = "masked_lm_loss"
+TARGETS = {"masked_lm": "masked-token", "causal_lm": "next-token", "next_sentence": "next-sentence"}
+"""What a run may predict, by the prefix of its losses and accuracies; tokens' losses are judged, in nats per token."""
+
 ENTROPY = "unigram_entropy"
-"""What is judged, the mean over held-out masked tokens, and the first line to beat; both in nats per token."""
+"""The first line to beat, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Run:
     folder: Path
     train: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
+
+    @property
+    def loss(self) -> str:
+        """The key of the judged loss."""
+        return _token_loss(self.heldout[-1])
 
     @property
     def finished(self) -> bool:
@@ -56,18 +63,24 @@ def load_run(folder: Path) -> Run:
     path = folder / METRICS_FILE
     records = read_metrics(path) if path.exists() else []
     train = [record for record in records if record["kind"] == "train"]
-    heldout = [record for record in records if record["kind"] == "heldout" and LOSS in record]
+    heldout = [record for record in records if record["kind"] == "heldout" and _token_loss(record)]
     if not train:
         raise ValueError(f"{path} holds no logged step yet: start the run, or wait for its first logged step")
     if not heldout:
-        raise ValueError(f"{path} holds no held-out {LOSS} yet: wait for the run's first evaluation, or run it again")
+        raise ValueError(
+            f"{path} holds no held-out loss of tokens yet: wait for the run's first evaluation, or run it again"
+        )
     return Run(folder, train, heldout)
+
+
+def _token_loss(record: dict[str, Any]) -> str | None:
+    return next((f"{name}_loss" for name in ("masked_lm", "causal_lm") if f"{name}_loss" in record), None)
 
 
 def check_comparable(run: Run, twin: Run) -> None:
     """ValueError where the two were measured on different targets: then neither loss says anything about the other."""
     ours, theirs = (each.heldout[-1][ENTROPY] for each in (run, twin))
-    if not math.isclose(ours, theirs, rel_tol=1e-6):
+    if run.loss != twin.loss or not math.isclose(ours, theirs, rel_tol=1e-6):
         raise ValueError(
             f"{twin.folder} was evaluated on other targets (unigram entropy {theirs:.4f}) than {run.folder} "
             f"({ours:.4f}): train the twin on the same shards with the same seed and masking"
@@ -93,21 +106,26 @@ def _line(name: str, *cells: str) -> str:
 
 
 def _loss_lines(run: Run, twin: Run | None) -> list[str]:
-    first, last = run.heldout[0], run.heldout[-1]
+    first, last, loss = run.heldout[0], run.heldout[-1], run.loss
     lines = [
         _line("held-out, at step", f"{first['step']}", f"{last['step']}"),
-        _line("masked-token loss (nat/token)", f"{first[LOSS]:.4f}", f"{last[LOSS]:.4f}"),
-        _to_beat("unigram entropy of the same targets", last[ENTROPY], last[LOSS]),
+        _line(f"{_named(loss)} (nat/token)", f"{first[loss]:.4f}", f"{last[loss]:.4f}"),
+        _to_beat("unigram entropy of the same targets", last[ENTROPY], last[loss]),
     ]
     if twin is not None:
-        lines.append(_to_beat(f"twin with no layers, step {twin.last_step}", twin.heldout[-1][LOSS], last[LOSS]))
+        lines.append(_to_beat(f"twin with no layers, step {twin.last_step}", twin.heldout[-1][loss], last[loss]))
         if twin.last_step != run.last_step or not twin.finished:
             lines.append(f"    the twin stands at step {twin.last_step}: train both equally long before judging")
-    shares = {"masked_lm_accuracy": "masked-token accuracy", "next_sentence_accuracy": "next-sentence accuracy"}
-    for key, name in shares.items():
-        if key in first and key in last:
-            lines.append(_line(name, f"{first[key]:.1%}", f"{last[key]:.1%}"))
+    for name in TARGETS:
+        if (key := f"{name}_accuracy") in first and key in last:
+            lines.append(_line(_named(key), f"{first[key]:.1%}", f"{last[key]:.1%}"))
     return lines
+
+
+def _named(key: str) -> str:
+    """A loss or an accuracy as people call it."""
+    name, _, measure = key.rpartition("_")
+    return f"{TARGETS[name]} {measure}"
 
 
 def _to_beat(name: str, bound: float, loss: float) -> str:
@@ -181,16 +199,16 @@ def _curve(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list
 
 
 def _draw_losses(axes: Any, run: Run, twin: Run | None) -> None:
-    axes.plot(*_curve(run.train, LOSS), color="tab:blue", alpha=0.35, linewidth=1, label="training")
-    axes.plot(*_curve(run.heldout, LOSS), color="tab:blue", marker="o", markersize=4, label="held-out")
+    axes.plot(*_curve(run.train, run.loss), color="tab:blue", alpha=0.35, linewidth=1, label="training")
+    axes.plot(*_curve(run.heldout, run.loss), color="tab:blue", marker="o", markersize=4, label="held-out")
     entropy = run.heldout[-1][ENTROPY]
     axes.axhline(entropy, color="black", linestyle="--", linewidth=1.2, label=f"unigram entropy\n{entropy:.3f}")
     if twin is not None:
         color = "tab:orange"
-        steps, losses = _curve(twin.heldout, LOSS)
+        steps, losses = _curve(twin.heldout, run.loss)
         axes.plot(steps, losses, color=color, marker="s", markersize=3, linewidth=1, label="twin, no layers:\nheld-out")
         axes.axhline(losses[-1], color=color, linestyle="--", linewidth=1.2, label=f"twin's last\n{losses[-1]:.3f}")
-    _finish_axes(axes, f"{run.folder.name}: masked-token loss", "loss (nat/token)")
+    _finish_axes(axes, f"{run.folder.name}: {_named(run.loss)}", "loss (nat/token)")
 
 
 def _draw_firing_rates(axes: Any, run: Run) -> None:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_prep.files import is_path
 from data_prep.recipes import Rule
-from models.config import FAMILIES, PRESETS, SpikeLMConfig, preset
+from models.config import PRESETS, SpikeLMConfig, preset
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "training.global_batch_size",
@@ -26,10 +26,18 @@ OWNED_BY_RECIPE = {
     "fp16": "engine.precision",
     "amp": "engine.precision",
     "torch_autocast": "engine.precision",
-    "activation_checkpointing": "engine.checkpointing",
     "tensorboard": "logging.tensorboard",
 }
 """Keys that a ds_config must leave to the recipe, and the fields that decide there."""
+
+UNSERVICEABLE = {
+    "activation_checkpointing": (
+        "DeepSpeed's own checkpointing is reentrant and reduces a gradient twice where one weight serves several "
+        "timesteps, and its partition_activations empties the input of a layer that the residual still needs: set "
+        "engine.checkpointing to layer or timestep instead"
+    ),
+}
+"""Keys that no recipe can have, and why."""
 
 MECHANICS = (
     "aio",
@@ -44,6 +52,10 @@ MECHANICS = (
     "zero_optimization",
 )
 """Keys that a ds_config may hold. DeepSpeed itself passes over a key that it does not know without a word."""
+
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+"""Of a saved model in one file, or in many."""
 
 
 def _name_faults(name: str) -> Iterator[str]:
@@ -77,19 +89,17 @@ def _override_faults(name: str, overrides: Mapping[str, Any]) -> Iterator[str]:
             faults.append(f"model.overrides.{field}: {value!r} {reason}")
     if not faults and name in PRESETS:
         try:
-            family = preset(name, **overrides).family
-            if FAMILIES[family].causal:
-                faults.append(
-                    f"model.preset: {name!r} is a decoder (family {family}), which is not trained yet: use an encoder"
-                )
+            preset(name, **overrides)
         except ValueError as error:
             faults.append(f"model.overrides: {error}")
     yield from faults
 
 
 def _warm_start_faults(folder: str | None) -> Iterator[str]:
-    if folder is not None and not os.path.isfile(Path(folder) / "model.safetensors"):
-        yield f"model.warm_start: {folder!r} holds no model.safetensors: name the folder of a saved BERT model"
+    if folder is not None and not any(os.path.isfile(Path(folder) / name) for name in WEIGHT_FILES):
+        yield (
+            f"model.warm_start: {folder!r} holds no {WEIGHT_FILES[0]}: name the folder of a saved BERT or LLaMA model"
+        )
 
 
 def _builder_faults(shards: str, shards_recipe: str | None, tokenizer_recipe: str | None) -> Iterator[str]:
@@ -139,12 +149,22 @@ def _ds_config_faults(path: str) -> Iterator[str]:
         if key in OWNED_BY_RECIPE:
             what = f"{key} to {json.dumps(value)}"
             yield f"engine.ds_config: {path!r} sets {what}, which {OWNED_BY_RECIPE[key]} decides: remove it there"
+        elif key in UNSERVICEABLE:
+            yield f"engine.ds_config: {path!r} sets {key}, which cannot serve here: {UNSERVICEABLE[key]}"
         elif key not in MECHANICS:
             yield f"engine.ds_config: {path!r} has the unknown key {key}: {_nearest(key, MECHANICS)}"
     zero = mechanics.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (1, 2, 3):  # true is no 1
         yield f"engine.ds_config: {path!r} has zero_optimization.stage {stage!r}: use 1, 2 or 3"
+
+
+def _checkpointing_faults(mode: str, timesteps: int) -> Iterator[str]:
+    if timesteps > 1 and mode != "timestep":
+        yield (
+            f"engine.checkpointing_timesteps: {timesteps} has no effect with engine.checkpointing {mode}: set that to "
+            "timestep, or leave this out"
+        )
 
 
 def _batch_faults(global_batch_size: int, micro_batch_size: int) -> Iterator[str]:
@@ -185,6 +205,7 @@ RULES = (
     Rule(("data.shards", "data.shards_recipe", "data.tokenizer_recipe"), _builder_faults),
     Rule(("data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
     Rule(("engine.ds_config",), _ds_config_faults),
+    Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
     Rule(("schedule.warmup_steps", "training.total_steps"), _schedule_faults),
     Rule(("training.stop_after_step", "training.total_steps"), _stop_faults),

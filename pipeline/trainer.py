@@ -13,22 +13,20 @@ from pipeline.config import RunConfig, accumulation_steps
 from pipeline.corpus import Corpus
 from pipeline.ending import NonFiniteError
 from pipeline.engine import DeepSpeedEngine
+from pipeline.evaluation import firing_values, tally_batches
 from pipeline.loader import Batch
 from pipeline.metrics import Metrics, Throughput, peak_memory_bytes
-from pipeline.objectives import IGNORED, count_targets
+from pipeline.objectives import count_targets, loss_sums
 from pipeline.stopping import StopRequest
 from pipeline.world import World
 
 CALIBRATION_ROWS = 256
 """At most so many rows of the first global batch, a micro-batch of each rank, calibrate a fresh model."""
 
-OBJECTIVES = ("masked_lm", "next_sentence")
-"""In the order of objectives.count_targets; each has a mean of its own."""
-
 
 @dataclass
 class StepResult:
-    """One optimizer step, over all ranks: mean losses in nats per target [2], and the neurons' statistics."""
+    """One optimizer step, over all ranks: mean losses in nats per target, and the neurons' statistics."""
 
     losses: Tensor
     stats: SpikeStats
@@ -60,6 +58,7 @@ class Trainer:
         self.config = config
         self.world = world
         self.corpus = corpus
+        self.losses = corpus.objective.losses
         self.checkpointer = checkpointer
         self.metrics = metrics
         self.state = state
@@ -106,20 +105,20 @@ class Trainer:
         gradient after DeepSpeed has applied or skipped it, before anything is saved.
         """
         self.engine.train()
-        counts = self.world.sum(count_targets(batch.tensors).to(self.world.device, torch.float64))
+        counts = self.world.sum(count_targets(batch.tensors, self.losses).to(self.world.device, torch.float64))
         learning_rate = self.engine.get_lr()[0]  # read now: the step moves the schedule on
         factor = self.world.size * self.accumulation / counts.clamp(min=1)
-        loss_sums, stats = [], self._no_stats()
+        sums, stats = [], self._no_stats()
         for micro_batch in self._micro_batches(batch):
             output = self.engine(**micro_batch)
-            sums = _loss_sums(output)
-            self.engine.backward((sums * factor.to(sums.dtype)).sum())
-            loss_sums.append(sums.detach())
+            summed = loss_sums(output, self.losses)
+            self.engine.backward((summed * factor.to(summed.dtype)).sum())
+            sums.append(summed.detach())
             stats += SpikeStats(output.spike_stats)
-            if len(loss_sums) == self.accumulation:
-                losses = self.world.sum(torch.stack(loss_sums).to(counts).sum(0)) / counts.clamp(min=1)
-                named = dict(zip(OBJECTIVES, losses.tolist(), strict=True))
-                self._refuse_nonfinite("loss", named, batch, torch.stack(loss_sums))
+            if len(sums) == self.accumulation:
+                losses = self.world.sum(torch.stack(sums).to(counts).sum(0)) / counts.clamp(min=1)
+                named = dict(zip(self.losses, losses.tolist(), strict=True))
+                self._refuse_nonfinite("loss", named, batch, torch.stack(sums))
             self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         applied = self.engine.was_step_applied()  # DeepSpeed skips a bf16 step whose gradients overflow
@@ -127,31 +126,13 @@ class Trainer:
         stats = update_amplitudes(self.engine.module, stats)
         return StepResult(losses, stats, learning_rate, norm)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float | dict[str, float]]:
-        """Losses (nats per target) and accuracies on all held-out rows, each row once, masked as in epoch 0.
-
-        `unigram_entropy` is the entropy of the masked targets' own distribution: what a model that knows only how
-        often each token occurs would lose on them.
-        """
+        """Losses, accuracies and firing rates on all held-out rows, each row once, masked as in epoch 0."""
         self.engine.eval()
-        tally, stats = torch.zeros(3, 2, dtype=torch.float64, device=self.world.device), self._no_stats()
-        occurrences = torch.zeros(self.engine.module.config.vocab_size, dtype=torch.float64, device=self.world.device)
-        for batch in self.corpus.heldout_batches():
-            tensors = self._on_device(batch.tensors)
-            output = self.engine(**tensors)
-            tally += torch.stack([count_targets(tensors), _loss_sums(output), _correct(output, tensors)])
-            occurrences += torch.bincount(tensors["labels"][tensors["labels"] != IGNORED], minlength=len(occurrences))
-            stats += SpikeStats(output.spike_stats)
-        counts, losses, correct = self.world.sum(tally)
-        values = {"samples_consumed": self.state.samples_consumed}
-        for index, objective in enumerate(OBJECTIVES):
-            if counts[index] > 0:
-                values[f"{objective}_loss"] = float(losses[index] / counts[index])
-                values[f"{objective}_accuracy"] = float(correct[index] / counts[index])
-        share = self.world.sum(occurrences) / counts[0].clamp(min=1)
-        values["unigram_entropy"] = float(-torch.xlogy(share, share).sum())
-        return values | self._firing_values(stats.all_reduced())
+        batches = (self._on_device(batch.tensors) for batch in self.corpus.heldout_batches())
+        tally = tally_batches(self.engine, batches, self.losses).summed(self.world)
+        values = {"samples_consumed": self.state.samples_consumed, **tally.values()}
+        return values | firing_values(self.stack.site_names, tally.stats)
 
     def _start(self) -> None:
         """Before the first step: amplitudes of a model that has none, and the losses of the untrained model."""
@@ -187,20 +168,18 @@ class Trainer:
             self.stopped_by = next(filter(None, self.world.gather(self.stop.reason)))
         return self.stopped_by is not None
 
-    def _refuse_nonfinite(
-        self, what: str, values: dict[str, float], batch: Batch, loss_sums: Tensor | None = None
-    ) -> None:
+    def _refuse_nonfinite(self, what: str, values: dict[str, float], batch: Batch, sums: Tensor | None = None) -> None:
         """NonFiniteError, the same on all ranks, where one of `values` is NaN or infinite.
 
         The samples of the step are written down before: all, by rank, and those of the micro-batches whose own losses
-        `loss_sums` [micro-batches, objectives] are not finite.
+        `sums` [micro-batches, losses] are not finite.
         """
         if all(math.isfinite(value) for value in values.values()):
             return
         step, ids = self.state.step + 1, batch.sample_ids.reshape(self.accumulation, -1)
         suspects = torch.zeros(self.accumulation, dtype=torch.bool)
-        if loss_sums is not None:
-            suspects = ~loss_sums.isfinite().all(1).cpu()
+        if sums is not None:
+            suspects = ~sums.isfinite().all(1).cpu()
         samples = {"samples": ids.flatten().tolist(), "suspects": ids[suspects].flatten().tolist()}
         record = {"step": step, "what": what, "values": values, "ranks": self.world.gather(samples)}
         path = self.metrics.write_nonfinite(record)
@@ -212,9 +191,7 @@ class Trainer:
         )
 
     def _step_values(self, result: StepResult) -> dict[str, float | dict[str, float]]:
-        losses = dict(zip((f"{name}_loss" for name in OBJECTIVES), result.losses.tolist(), strict=True))
-        if not self.config.objective.next_sentence:
-            del losses["next_sentence_loss"]
+        losses = dict(zip((f"{name}_loss" for name in self.losses), result.losses.tolist(), strict=True))
         values = {"loss": sum(losses.values()), **losses, "learning_rate": result.learning_rate}
         values |= {
             "gradient_norm": result.gradient_norm,
@@ -222,26 +199,4 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(),
             "samples_consumed": self.state.samples_consumed,
         }
-        return values | self._firing_values(result.stats)
-
-    def _firing_values(self, stats: SpikeStats) -> dict[str, float | dict[str, float]]:
-        """Firing rate over all neurons, and of each site (mean over timesteps); nothing where no neuron stands."""
-        if not self.stack.site_names:
-            return {}
-        rates = dict(zip(self.stack.site_names, stats.firing_rate.mean(1).tolist(), strict=True))
-        return {"firing_rate": sum(rates.values()) / len(rates), "firing_rate_by_site": rates}
-
-
-def _loss_sums(output: object) -> Tensor:
-    """The summed losses of OBJECTIVES, [2] with gradient; an objective without labels counts nothing."""
-    masked, sentences = output.masked_lm_loss_sum, output.next_sentence_loss_sum
-    return torch.stack([masked, torch.zeros_like(masked) if sentences is None else sentences])
-
-
-def _correct(output: object, tensors: dict[str, Tensor]) -> Tensor:
-    """How many counted targets of OBJECTIVES are predicted right, [2]."""
-    labels = tensors["labels"]
-    masked = (output.logits.argmax(-1) == labels[labels != IGNORED]).sum()
-    if "next_sentence_label" not in tensors:
-        return torch.stack([masked, torch.zeros_like(masked)])
-    return torch.stack([masked, (output.next_sentence_logits.argmax(-1) == tensors["next_sentence_label"]).sum()])
+        return values | firing_values(self.stack.site_names, result.stats)

@@ -28,10 +28,23 @@ def tiny_shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def runs(tiny_shards, tmp_path_factory):
+def causal_shards(tmp_path_factory):
+    """The same articles as causal rows of 128, with 512 pieces of SentencePiece."""
+    folder = tmp_path_factory.mktemp("causal")
+    tokenizer, shards = str(folder / "tokenizer"), str(folder / "shards")
+    split = ["--input", WIKIPEDIA, "--heldout_fraction", "0.05"]
+    kind = ["--kind", "sentencepiece", "--template", "causal", "--vocab_size", "512", "--sample_fraction", "0.3"]
+    assert train_tokenizer.main([*split, *kind, "--output", tokenizer]) == 0
+    rows = ["--layout", "causal", "--row_length", "128"]
+    assert build_shards.main([*split, *rows, "--tokenizer", tokenizer, "--output", shards]) == 0
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_shards, causal_shards, tmp_path_factory):
     """Folder of the runs that tests.distributed.runs describes. Treat them as finished: others read them."""
     folder = tmp_path_factory.mktemp("runs")
-    train_runs(tiny_shards, folder)
+    train_runs(tiny_shards, causal_shards, folder)
     return folder
 
 

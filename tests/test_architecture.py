@@ -22,11 +22,24 @@ MAX_LINES = 500
 
 # Inside pipeline: commands import running parts, which import foundations. A new module takes its place here.
 RUNNING_PARTS = {
-    *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "corpus", "loader", "metrics"),
-    *("world", "ending", "stopping", "build_locks"),
+    *(
+        "trainer",
+        "engine",
+        "checkpoint",
+        "run_folder",
+        "model",
+        "model_card",
+        "model_folder",
+        "corpus",
+        "loader",
+        "metrics",
+    ),
+    *("documents", "evaluation", "world", "ending", "stopping", "build_locks"),
 }
 FOUNDATIONS = {"order", "mixing", "objectives", "config", "rules"}
-SHARED_BY_DATA_PREP = {f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "tokenization")}
+SHARED_BY_DATA_PREP = {
+    f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "sources", "tokenization")
+}
 DEEPSPEED_MODULES = {"pipeline.engine", "pipeline.checkpoint"}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 REQUIRED_BY_DEEPSPEED = {"ninja", "tensorboard"}  # to compile its operators, and for its monitor

@@ -20,7 +20,15 @@ from data_prep.recipes import (
     settings_from_dict,
     settings_to_dict,
 )
-from pipeline.config import RunConfig, accumulation_steps, build_ds_config, differences, load_run_config, zero_stage
+from pipeline.config import (
+    RunConfig,
+    accumulation_steps,
+    build_ds_config,
+    differences,
+    is_decoder,
+    load_run_config,
+    zero_stage,
+)
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = {
@@ -42,7 +50,7 @@ PLAIN = {
     NoneType: st.none(),
     bool: st.booleans(),
     int: st.integers(0, 2**70),
-    float: st.floats(0, 1) | st.floats(0, 1e300),
+    float: st.one_of(*[st.floats(0, 1)] * 4, st.floats(0, 1e300)),  # shares are many
     str: text,
     dict[str, Any]: st.dictionaries(text, trees, max_size=3),
 }
@@ -196,6 +204,10 @@ FAULTS = [
     (["--model.warm_start", "nowhere"], "model.warm_start: 'nowhere' holds no model.safetensors"),
     (["--data.shuffle_run", "64"], "data.shuffle_run: 64 has no effect"),
     (["--engine.ds_config", "nowhere.json"], "engine.ds_config: 'nowhere.json' cannot be read: No such file"),
+    (
+        ["--engine.checkpointing_timesteps", "2"],
+        "engine.checkpointing_timesteps: 2 has no effect with engine.checkpointing none: set that to timestep",
+    ),
     (["--training.stop_after_step", "11"], "training.stop_after_step: 11 comes after"),
     (["--resume", "nowhere"], "resume: 'nowhere' is neither auto nor never"),
     (["--resume", ""], "resume: '' is neither auto nor never"),
@@ -227,9 +239,11 @@ def test_shards_are_where_their_recipe_builds_them():
     assert load_run_config([*demo, "--data.shards", "data/my", *none]).data.shards == "data/my"
 
 
-def test_a_decoder_is_refused_before_it_is_built():
-    with pytest.raises(ConfigError, match="model.preset: 'decoder-tiny' is a decoder .family llama., which is not"):
-        load_run_config(["--recipe", "tests/distributed/tiny.yaml", "--model.preset", "decoder-tiny"])
+def test_fields_of_masking_are_refused_for_a_decoder():
+    tiny = ["--recipe", "tests/distributed/tiny.yaml", "--model.preset", "decoder-tiny"]
+    assert is_decoder(load_run_config([*tiny, "--objective.next_sentence", "true"]).model)  # as a saved recipe has it
+    with pytest.raises(ConfigError, match=r"objective\.mask_probability: 0\.3 has no effect on decoder-tiny"):
+        load_run_config([*tiny, "--objective.mask_probability", "0.3"])
 
 
 @pytest.mark.parametrize("field", ["resume", "model.warm_start", "data.shards_recipe"])
@@ -270,7 +284,12 @@ def test_missing_file():
         ('{"zero_optimization": 2}', "stage None: use 1, 2 or 3"),
         ('{"zero_optimization": {"stage": true}}', "stage True: use 1, 2 or 3"),
         ("[" * 100_000, "cannot be read: "),
-        ('{"zero_optimization": {"stage": 2}, "activation_checkpointing": {}}', "which engine.checkpointing decides"),
+        (
+            '{"zero_optimization": {"stage": 2}, "activation_checkpointing": {"partition_activations": true}}',
+            "sets activation_checkpointing, which cannot serve here: DeepSpeed's own checkpointing is reentrant and "
+            "reduces a gradient twice where one weight serves several timesteps, and its partition_activations "
+            "empties the input of a layer that the residual still needs: set engine.checkpointing",
+        ),
         ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "which engine.precision decides"),
     ],
 )
@@ -395,7 +414,8 @@ def test_what_may_change_on_resumption(load):
     new = load(
         "--name", "other", "--output", "elsewhere", "--resume", "never", "--threads", "1", "--data.num_workers", "2",
         "--data.shards", "moved", "--training.stop_after_step", "4", "--training.micro_batch_size", "4",
-        "--logging.every", "1", "--evaluation.every", "0", "--checkpoint.keep", "9", "--engine.checkpointing", "layer",
+        "--logging.every", "1", "--evaluation.every", "0", "--checkpoint.keep", "9",
+        "--engine.checkpointing", "timestep", "--engine.checkpointing_timesteps", "2",
     )  # fmt: skip
     assert differences(load(), new) == []
 

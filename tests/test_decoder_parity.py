@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForCausalLM
+from models.warm_start import llama_names, load_llama
 
 SHAPE = {
     "vocab_size": 97,
@@ -46,27 +47,13 @@ def both(*, rope="default", **overrides):
     ours = SpikeLMForCausalLM(
         SpikeLMConfig(family="llama", **shape, rope_parameters=ROPES[rope], neuron={"kind": "none"})
     )
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            parameter.copy_(of_llama(name, dict(theirs.named_parameters())))
+    load_llama(ours, theirs.state_dict())
     return ours, theirs
 
 
 def of_llama(name, tensors):
     """Llama's tensor for our parameter; the fused ones stand one below the other."""
-    name = name.replace("embeddings.word_embeddings", "embed_tokens").replace("stack.", "")
-    fused = {
-        "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "attention.output": ["self_attn.o_proj"],
-        "attention_norm": ["input_layernorm"],
-        "mlp.up": ["mlp.gate_proj", "mlp.up_proj"],
-        "mlp.down": ["mlp.down_proj"],
-        "mlp_norm": ["post_attention_layernorm"],
-    }
-    for part, sources in fused.items():
-        if f".{part}." in name:
-            return torch.cat([tensors[name.replace(part, source)] for source in sources])
-    return tensors[name]
+    return torch.cat([tensors[each] for each in llama_names(name, tensors)])
 
 
 def batch(left=0, right=0):

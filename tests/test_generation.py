@@ -294,15 +294,18 @@ def test_a_cache_is_begun_only_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize("labels", [False, True])
-def test_training_with_checkpointing_keeps_no_cache(labels):
+@pytest.mark.parametrize("mode", ["layer", "timestep"])
+def test_training_with_checkpointing_keeps_no_cache(mode, labels):
     model, ids = ready_decoder().train(), token_ids()
     given = {"labels": ids} if labels else {}
-    model.model.stack.set_checkpointing("layer")
+    model.model.stack.set_checkpointing(mode)
     output = model(ids, use_cache=True, **given)
     assert output.past_key_values is None
     (output.loss if labels else output.logits.sum()).backward()
     with pytest.raises(ValueError, match="past_key_values: with checkpointing a layer would add its tokens twice"):
         model(ids, past_key_values=SpikeCache(model.config))
+    with torch.no_grad():  # nothing runs again, as in texts that are looked at while training
+        assert model(ids, use_cache=True).past_key_values.get_seq_length() == 24
     assert model.eval()(ids, use_cache=True).past_key_values.get_seq_length() == 24
 
 

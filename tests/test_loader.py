@@ -1,20 +1,20 @@
 import multiprocessing
 import os
 import signal
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from data_prep.shards import ShardIndex, ShardReader, ShardWriter, pair_fields
+from data_prep.shards import ShardIndex, ShardReader, ShardWriter, row_fields
 from pipeline.config import ObjectiveSettings
-from pipeline.loader import ElasticLoader, heldout_batches, identity_differences, order_identity
-from pipeline.objectives import IGNORED, SpecialTokens, count_targets, pretraining_batch
+from pipeline.loader import ElasticLoader, SplitRows, heldout_batches, identity_differences, order_identity
+from pipeline.objectives import IGNORED, MaskedTokens, SpecialTokens, count_targets
 from pipeline.order import OrderState
 
 TOKENS = SpecialTokens(mask=4, special=(0, 1, 2, 3, 4), vocab_size=1000)
-MAKE_BATCH = partial(pretraining_batch, seed=11, settings=ObjectiveSettings(), tokens=TOKENS)
+OBJECTIVE = MaskedTokens(seed=11, settings=ObjectiveSettings(), tokens=TOKENS)
+MAKE_BATCH, LOSSES = OBJECTIVE.make_batch, OBJECTIVE.losses
 
 
 class FakeReader:
@@ -88,7 +88,7 @@ def test_each_sample_once_an_epoch(reader):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_real_shards_give_the_same_batches(reader, tmp_path, num_workers):
-    fields = pair_fields(16, "uint16")
+    fields = row_fields("pairs", 16, "uint16")
     writer = ShardWriter(tmp_path, "train", fields, rows_per_block=8, blocks_per_shard=4)
     writer.write(reader.rows)
     ShardIndex(row_length=16, tokenizer="toy", fields=fields, shards=tuple(writer.finish())).save(tmp_path)
@@ -174,11 +174,15 @@ def test_heldout_rows_come_once_over_all_ranks(reader, world_size, batch_size):
     ]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
-    assert all(batch.tensors["labels"].shape == (batch_size, 16) for batch in batches)
+    full, rest = divmod(103, batch_size)
+    sizes = sorted((len(batch.sample_ids) for batch in batches if batch.sample_ids[0] >= 0), reverse=True)
+    assert sizes == [batch_size] * full + [rest] * (rest > 0)
+    assert all(len(batch.sample_ids) == 1 for batch in batches if batch.sample_ids[0] < 0)
     ids = torch.cat([batch.sample_ids for batch in batches])
     assert ids[ids >= 0].sort().values.tolist() == list(range(103))
     expected = MAKE_BATCH(reader.rows, np.arange(103), np.zeros(103, np.int64))
-    assert sum(count_targets(batch.tensors) for batch in batches).tolist() == count_targets(expected).tolist()
+    counts = sum(count_targets(batch.tensors, LOSSES) for batch in batches)
+    assert counts.tolist() == count_targets(expected, LOSSES).tolist()
     for batch in batches:
         counted = batch.sample_ids >= 0
         for name, tensor in batch.tensors.items():
@@ -202,3 +206,29 @@ def test_identity_names_what_differs(reader):
         "shuffle_window: 32 in the checkpoint, None now",
     ]
     assert identity_differences({}, {"seed": 1}) == ["seed: 'missing' in the checkpoint, 1 now"]
+
+
+class CausalRows:
+    """Five rows of 12 tokens: 100 * row + position."""
+
+    fingerprint, row_length = "five", 12
+
+    def __len__(self):
+        return 5
+
+    def read(self, sample_ids):
+        return {"ids": 100 * sample_ids[:, None] + np.arange(12), "length": np.array([12, 12, 12, 12, 5])[sample_ids]}
+
+
+def test_rows_are_split_into_samples_that_are_their_parts():
+    split = SplitRows(CausalRows(), 4)
+    assert (len(split), split.row_length, split.fingerprint) == (15, 4, "five")
+    samples = split.read(np.array([4, 0, 12, 13, 14]))
+    assert samples["ids"].tolist() == [
+        [104, 105, 106, 107],
+        [0, 1, 2, 3],
+        [400, 401, 402, 403],
+        [404, 405, 406, 407],
+        [408, 409, 410, 411],
+    ]
+    assert samples["length"].tolist() == [4, 4, 4, 1, 0]

@@ -204,7 +204,7 @@ def test_checkpointing_is_for_training_only_and_can_be_taken_back():
     model.model.stack.set_checkpointing("none")
     model.train()(**make_batch()).loss.backward()
     assert len(calls) == 2
-    with pytest.raises(ValueError, match="checkpointing is 'cells': use none or layer"):
+    with pytest.raises(ValueError, match="checkpointing is 'cells': use none, layer or timestep"):
         model.model.stack.set_checkpointing("cells")
 
 

@@ -4,10 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.config import SpikeLMConfig
+from models.modeling import SpikeLMForCausalLM
 from pipeline.config import ObjectiveSettings
-from pipeline.objectives import IGNORED, SpecialTokens, count_targets, ignore_rows, pretraining_batch
+from pipeline.objectives import IGNORED, SpecialTokens, causal_batch, count_targets, pretraining_batch, without_targets
 
 PAD, UNK, CLS, SEP, MASK = range(5)
+LOSSES = ("masked_lm", "next_sentence")
+DECODER = {"family": "llama", "vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOKENS = SpecialTokens(mask=MASK, special=(PAD, UNK, CLS, SEP, MASK), vocab_size=1000)
 
 
@@ -55,7 +59,7 @@ def test_only_ordinary_tokens_are_masked_and_nothing_else_changes(rows, probabil
     assert (batch["attention_mask"].numpy() == is_token).all()
     second = is_token & (np.arange(inputs.shape[1]) >= rows["first_length"][:, None])
     assert (batch["token_type_ids"].numpy() == second).all()
-    assert count_targets(batch).tolist() == [sum(counts), len(ids)]
+    assert count_targets(batch, LOSSES).tolist() == [sum(counts), len(ids)]
 
 
 @settings(max_examples=100)
@@ -75,16 +79,6 @@ def test_neither_company_nor_order_nor_padding_changes_a_row(rows, probability, 
         found = apart[name] if tensor.ndim == 1 else apart[name][:, :row_length]
         assert torch.equal(found, tensor[chosen])
     assert (apart["labels"][:, row_length:] == IGNORED).all()
-
-
-@settings(max_examples=60)
-@given(rows=any_rows(), seed=seeds, next_sentence=st.booleans(), data=st.data())
-def test_ignored_rows_count_for_nothing(rows, seed, next_sentence, data):
-    rows, ids, epochs, tokens = rows
-    batch = make_batch(rows, ids, epochs, seed, tokens, next_sentence=next_sentence)
-    counted = data.draw(st.integers(0, len(ids)))
-    kept = count_targets({name: tensor[:counted] for name, tensor in batch.items()})
-    assert torch.equal(count_targets(ignore_rows(batch, counted)), kept)
 
 
 def test_shapes_and_derived_inputs(pair_rows):
@@ -168,17 +162,16 @@ def test_masks_are_what_they_were():
     ]
 
 
-def test_count_targets_and_ignored_rows(pair_rows):
+def test_count_targets_and_none_of_them(pair_rows):
     batch = make_batch(pair_rows(5, 32), np.arange(5))
     masked = int((batch["labels"] != IGNORED).sum())
-    assert count_targets(batch).tolist() == [masked, 5]
-    assert count_targets({"labels": batch["labels"]}).tolist() == [masked, 0]
-    cut = ignore_rows(batch, 2)
-    assert count_targets(cut).tolist() == [int((batch["labels"][:2] != IGNORED).sum()), 2]
-    assert cut["attention_mask"][2:].sum(1).tolist() == [1, 1, 1]
-    assert torch.equal(cut["attention_mask"][:2], batch["attention_mask"][:2])
-    assert count_targets(ignore_rows(batch, 0)).tolist() == [0, 0]
-    assert count_targets(batch).tolist() == [masked, 5], "the batch itself must not change"
+    assert count_targets(batch, LOSSES).tolist() == [masked, 5]
+    assert count_targets({"labels": batch["labels"]}, LOSSES[:1]).tolist() == [masked]
+    cut = without_targets(batch)
+    assert count_targets(cut, LOSSES).tolist() == [0, 0]
+    assert cut["attention_mask"].sum(1).tolist() == [1] * 5
+    assert torch.equal(cut["input_ids"], batch["input_ids"])
+    assert count_targets(batch, LOSSES).tolist() == [masked, 5], "the batch itself must not change"
 
 
 class FakeTokenizer:
@@ -205,4 +198,33 @@ def test_a_tokenizer_without_mask_token_is_refused():
 
 def test_targets_are_counted_on_the_device_of_the_batch():
     labels = torch.zeros(2, 3, dtype=torch.int64, device="meta")
-    assert count_targets({"labels": labels}).device.type == "meta"
+    assert count_targets({"labels": labels}, LOSSES[:1]).device.type == "meta"
+
+
+def test_causal_batch_by_hand():
+    end = 9
+    ids = np.array([[5, 6, end, 1, 7, end, 8, 8], [6, end, 5, 5, 5, end, 0, 0]], np.uint16)
+    batch = causal_batch({"ids": ids, "length": np.array([8, 6], np.uint16)}, end_id=end)
+    ignored = IGNORED
+    assert batch["input_ids"].tolist() == ids.tolist()
+    assert batch["attention_mask"].tolist() == [[1] * 8, [1] * 6 + [0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3, 0, 1]]
+    assert batch["labels"].tolist() == [
+        [ignored, 6, end, ignored, 7, end, ignored, 8],
+        [ignored, end, ignored, 5, 5, end, ignored, ignored],
+    ]
+    assert count_targets(batch, ("causal_lm",)).tolist() == [9]
+    assert count_targets(without_targets(batch), ("causal_lm",)).tolist() == [0]
+
+
+def test_a_model_counts_the_same_targets_as_the_objective():
+    rng = np.random.default_rng(0)
+    rows = {"ids": rng.integers(0, 5, (6, 12)), "length": np.array([12, 12, 9, 1, 0, 12])}
+    batch = causal_batch(rows, end_id=4)
+    torch.manual_seed(0)
+    model = SpikeLMForCausalLM(SpikeLMConfig(**{**DECODER, "neuron": {"kind": "none"}}))
+    output = model(**batch)
+    assert output.causal_lm_count == count_targets(batch, ("causal_lm",))
+    alone = [causal_batch({name: array[row : row + 1] for name, array in rows.items()}, end_id=4) for row in range(6)]
+    sums = [float(model(**each).causal_lm_loss_sum.detach()) for each in alone]
+    assert float(output.causal_lm_loss_sum.detach()) == pytest.approx(sum(sums), rel=1e-5)

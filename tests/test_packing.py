@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.packing import PairLayout, join_sentences, pack_sentence_pairs
+from data_prep.packing import CausalLayout, PairLayout, join_sentences, pack_sentence_pairs
 
 CLS, SEP, PAD = 2, 3, 0
 
@@ -194,3 +194,37 @@ def test_large_vocabularies_take_four_bytes():
     row_layout = PairLayout(12, cls_id=CLS, sep_id=SEP, pad_id=PAD, ids_dtype="uint32")
     rows = pack_sentence_pairs([join_sentences([[70_000, 70_001], [70_002]], 4)], row_layout, "0")
     assert rows["ids"].dtype == np.uint32 and rows["ids"].max() >= 70_001
+
+
+BEGIN, END = 1, 9
+
+
+def causal(row_length, begin_ids=(BEGIN,), ids_dtype="uint16"):
+    return CausalLayout(row_length, begin_ids, END, PAD, ids_dtype)
+
+
+def test_causal_rows_by_hand():
+    rows = causal(4).pack([causal(4).join([[100, 101, 102]]), causal(4).join([[]]), causal(4).join([[200]])], "")
+    assert rows["ids"].tolist() == [[BEGIN, 100, 101, 102], [END, BEGIN, 200, END]]
+    assert rows["length"].tolist() == [4, 4]
+    assert [rows[name].dtype for name in rows] == ["uint16", "uint16"]
+    assert causal(4).pieces("One. Two.\n") == ["One. Two.\n"] and causal(4).pieces(" \n") == []
+
+
+@settings(max_examples=100)
+@given(lengths=st.lists(st.integers(0, 30), max_size=6), row_length=row_lengths, begins=st.booleans())
+def test_causal_rows_give_the_documents_back(lengths, row_length, begins):
+    row_layout = causal(row_length, (BEGIN,) if begins else ())
+    pool = pool_of([[length] for length in lengths], layout(1000))
+    rows = row_layout.pack(pool, "any seed")
+    stream = [id for ids, length in zip(rows["ids"], rows["length"], strict=True) for id in ids[:length].tolist()]
+    expected = [[*row_layout.begin_ids, *document.ids.tolist(), END] for document in pool if len(document.ids)]
+    assert stream == [id for document in expected for id in document]
+    assert (rows["length"][:-1] == row_length).all() and (rows["length"] > 0).all()
+    assert all((ids[length:] == PAD).all() for ids, length in zip(rows["ids"], rows["length"], strict=True))
+
+
+def test_causal_ids_beyond_the_type_are_refused():
+    with pytest.raises(ValueError, match="token id 65536 does not fit uint16"):
+        causal(8).pack([causal(8).join([[65_536]])], "")
+    assert causal(8, ids_dtype="uint32").pack([causal(8).join([[65_536]])], "")["ids"][0, 1] == 65_536

@@ -122,7 +122,7 @@ def test_faults_are_one_line_without_traceback(tmp_path, capsys):
     faults = {
         (tmp_path / "missing",): "there is no run in",
         (empty,): "holds no logged step yet",
-        (untested,): "holds no held-out masked_lm_loss yet",
+        (untested,): "holds no held-out loss of tokens yet",
         (write_run(tmp_path / "a", 5.0), "--compare", write_run(tmp_path / "b", 5.0, entropy=6.5)): "on other targets",
     }
     for arguments, message in faults.items():

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import shards
-from data_prep.shards import CorruptShard, ShardIndex, ShardReader, ShardWriter, pair_fields
+from data_prep.shards import CorruptShard, ShardIndex, ShardReader, ShardWriter, row_fields
 
 ROW_LENGTH = 16
-FIELDS = pair_fields(ROW_LENGTH, "uint16")
+FIELDS = row_fields("pairs", ROW_LENGTH, "uint16")
 
 
 def write_folder(folder, rows, pieces=1, rows_per_block=8, blocks_per_shard=3):
@@ -184,7 +184,7 @@ def test_tars_say_nothing_of_who_wrote_them_and_when(folder):
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
-    fields = pair_fields(4, shards.ids_dtype(70_000))
+    fields = row_fields("pairs", 4, shards.ids_dtype(70_000))
     writer = ShardWriter(tmp_path, "train", fields)
     rows = {field.name: np.ones(field.shape(3), field.dtype) for field in fields}
     rows["ids"][1, 2] = 69_999

@@ -3,8 +3,14 @@ import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.tokenization import load_tokenizer, text_encoder, tokenizer_fingerprint, vocabulary_size
-from data_prep.tokenizer_models import train_sentencepiece, train_wordpiece
+from data_prep.tokenization import (
+    document_frame,
+    load_tokenizer,
+    text_encoder,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from data_prep.tokenizer_models import causal_tokenizer, train_sentencepiece, train_wordpiece
 
 STRANGE = [
     "",
@@ -133,3 +139,30 @@ def test_folders_without_a_tokenizer_are_named(tmp_path):
         (tmp_path / "broken" / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match="broken holds no tokenizer that transformers can load"):
             load_tokenizer(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_a_causal_tokenizer_adds_the_begin_of_text_alone(kind, wordpiece, unigram, tmp_path):
+    pairs = wordpiece if kind == "wordpiece" else unigram[0]
+    causal_tokenizer(pairs).save_pretrained(tmp_path)
+    causal = load_tokenizer(tmp_path)
+    text = "the old house"
+    (ids,) = text_encoder(pairs)([text])
+    assert text_encoder(causal)([text]) == [ids]
+    assert causal(text)["input_ids"] == [causal.bos_token_id, *ids]
+    assert causal.decode(causal(text)["input_ids"], skip_special_tokens=True) == text
+    assert set(causal(text)) == {"input_ids", "attention_mask"}
+    assert causal([text, "the"], padding=True)["attention_mask"][1][0] == 0  # generation goes on at the right end
+    assert document_frame(causal) == ((causal.bos_token_id,), causal.eos_token_id)
+
+
+def test_a_tokenizer_for_pairs_frames_no_documents(wordpiece, unigram):
+    with pytest.raises(ValueError, match=r"has no end of text \(eos_token\)"):
+        document_frame(wordpiece)
+    with pytest.raises(ValueError, match=r"adds <s> </s> to a text.*--template causal"):
+        document_frame(unigram[0])
+
+
+def test_a_tokenizer_that_adds_nothing_frames_documents_by_their_end():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "<end>": 2}, unk_token="<unk>"))
+    assert document_frame(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")) == ((), 2)

@@ -54,6 +54,8 @@ class PlainEngine(torch.nn.Module):
 class Corpus:
     """The reference's samples, and its first rows as held-out ones."""
 
+    objective = reference.OBJECTIVE
+
     def train_batches(self, samples_consumed, num_steps):
         return reference.loader().batches(num_steps)
 
@@ -146,7 +148,7 @@ def test_a_nonfinite_gradient_stops_before_the_amplitudes_move_or_anything_is_sa
 
 def test_masked_tokens_alone_train_and_are_evaluated():
     trainer, recorder = make_trainer(total_steps=2, module=SpikeLMForMaskedLM(reference.model("none").config))
-    trainer.config = replace(trainer.config, objective=replace(trainer.config.objective, next_sentence=False))
+    trainer.losses = ("masked_lm",)
     batches = trainer.corpus.train_batches
 
     def without_pairs(*arguments):
@@ -167,7 +169,7 @@ def test_evaluation_equals_one_pass_over_all_rows_by_hand():
     batch = next(heldout_batches(reference.Rows(), reference.loader().make_batch, batch_size=rows)).tensors
     with torch.no_grad():
         output = trainer.engine.module.eval()(**batch)
-    masked, pairs = count_targets(batch).tolist()
+    masked, pairs = count_targets(batch, reference.OBJECTIVE.losses).tolist()
     targets = batch["labels"][batch["labels"] != IGNORED]
     share = torch.bincount(targets).double() / masked
     assert values["masked_lm_loss"] == pytest.approx(float(output.masked_lm_loss_sum) / masked, rel=1e-5)

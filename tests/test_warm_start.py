@@ -3,11 +3,11 @@
 import pytest
 import torch
 from tiny import CONFIG, make_batch, make_model
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertConfig, BertForPreTraining, LlamaConfig, LlamaForCausalLM
 
 from models.amplitudes import calibrate_amplitudes
-from models.modeling import SpikeLMModel
-from models.warm_start import load_bert
+from models.modeling import SpikeLMForCausalLM, SpikeLMModel
+from models.warm_start import CheckpointTensors, load_bert, load_llama
 
 RELEASED_SITES = (
     "attention.self.query.act_clip_val",
@@ -234,3 +234,64 @@ def test_neurons_without_amplitude_ignore_them(bert):
         model = make_model({"kind": kind})
         assert not load_bert(model, {**bert, **tensors}).unused
         assert model(**make_batch()).loss.isfinite()
+
+
+LLAMA = {name: CONFIG[name] for name in CONFIG if "dropout" not in name} | {"num_key_value_heads": 1}
+
+
+def llama(tied=False, **overrides):
+    """A tiny LLaMA with random weights."""
+    torch.manual_seed(7)
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, **overrides}, tie_word_embeddings=tied, pad_token_id=0))
+
+
+def decoder(tied=False, **overrides):
+    none = {"hidden_dropout_prob": None, "attention_probs_dropout_prob": None, "num_key_value_heads": 1}
+    shape = {**none, "family": "llama", "tie_word_embeddings": tied, **overrides}
+    return make_model(model_class=SpikeLMForCausalLM, seed=1, **shape)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "4KB"], ids=["one file", "many files"])
+def test_a_saved_llama_is_taken_whole(tmp_path, tied, max_shard_size):
+    theirs, ours = llama(tied), decoder(tied)
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
+    calibrate_amplitudes(ours, {"input_ids": torch.arange(10)[None]})
+    report = load_llama(ours, CheckpointTensors(tmp_path))
+    assert (report.missing, report.unused, report.remarks) == ([], [], [])
+    assert not ours.model.stack.calibrated and ours.model.stack.amplitudes.isnan().all()
+    mlp, weights = ours.model.stack.layers[1].mlp, theirs.state_dict()
+    gate, up = (weights[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    assert torch.equal(mlp.up.weight, torch.cat([gate, up]))
+    assert torch.equal(ours.lm_head.weight, weights["lm_head.weight"])
+
+
+def test_a_tied_checkpoint_fills_an_untied_model():
+    weights = {name: tensor for name, tensor in llama(tied=True).state_dict().items() if name != "lm_head.weight"}
+    ours = decoder()
+    load_llama(ours, weights)
+    assert torch.equal(ours.lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ({"tied": False}, {"tied": True}, "set the model's tie_word_embeddings to false"),
+        ({"attention_bias": True}, {}, r"no place for model\.layers\.0\.self_attn\.k_proj\.bias.* and 5 more"),
+        ({"num_hidden_layers": 3}, {}, r"no place for model\.layers\.2\.input_layernorm\.weight"),
+        ({"num_hidden_layers": 1}, {}, r"model\.stack\.layers\.1\.mlp\.up\.weight: the checkpoint has none"),
+        ({"intermediate_size": 48}, {}, r"mlp\.up\.weight: the checkpoint has \(96, 16\), the model \(64, 16\)"),
+    ],
+)
+def test_a_llama_of_another_shape_is_refused_before_anything_is_copied(theirs, ours, message):
+    model = decoder(**ours)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        load_llama(model, llama(**theirs).state_dict())
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_folder_without_safetensors_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
+        CheckpointTensors(tmp_path)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.shards import ShardIndex, ShardReader, ShardWriter, pair_fields
+from data_prep.shards import ShardIndex, ShardReader, ShardWriter, row_fields
 from pipeline.config import ObjectiveSettings
 from pipeline.loader import Batch, ElasticLoader
-from pipeline.objectives import SpecialTokens, pretraining_batch
+from pipeline.objectives import MaskedTokens, SpecialTokens
 from pipeline.order import OrderState, sample_ids
 from tests.bench.tables import format_table, machine, median_and_spread
 
@@ -48,7 +48,7 @@ def write_shards(folder: Path, num_rows: int, row_length: int) -> ShardReader:
         "first_length": np.full(num_rows, row_length // 2, np.uint16),
         "next_sentence_label": rng.integers(0, 2, num_rows, np.uint8),
     }
-    fields = pair_fields(row_length, "uint16")
+    fields = row_fields("pairs", row_length, "uint16")
     writer = ShardWriter(folder, "train", fields)
     writer.write(rows)
     ShardIndex(row_length, "synthetic", fields, tuple(writer.finish())).save(folder)
@@ -103,7 +103,7 @@ def _batches(
 
 
 def _make_batch() -> partial:
-    return partial(pretraining_batch, seed=0, settings=ObjectiveSettings(), tokens=TOKENS)
+    return MaskedTokens(seed=0, settings=ObjectiveSettings(), tokens=TOKENS).make_batch
 
 
 def _drain(start: Callable[[int], Iterator[Batch]], num_steps: int) -> None:

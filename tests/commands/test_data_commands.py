@@ -102,6 +102,34 @@ def test_small_pools_give_every_token_once(corpus, tokenizer, tmp_path, monkeypa
     assert own.sum(dtype=int) == Manifest.load(output).counts["train"].tokens
 
 
+def test_causal_rows_hold_every_document_whole(corpus, tmp_path, prose, monkeypatch):
+    monkeypatch.setattr(units, "POOL_TOKENS", 500)
+    folder, output = tmp_path / "tokenizer", tmp_path / "shards"
+    assert train(corpus, folder, "--template=causal") == 0
+    assert build(corpus, f"--tokenizer={folder}", output, "--layout=causal") == 0
+    assert verify_shards.main([str(output)]) == 0
+    counts, loaded, found = Manifest.load(output).counts, load_tokenizer(output / "tokenizer"), []
+    for split in ("train", "heldout"):
+        rows = ShardReader(output / split).read(np.arange(counts[split].rows))
+        stream = [id for ids, length in zip(rows["ids"], rows["length"], strict=True) for id in ids[:length].tolist()]
+        assert len(stream) == counts[split].tokens + 2 * counts[split].documents == counts[split].row_tokens
+        assert stream[0] == loaded.bos_token_id and stream[-1] == loaded.eos_token_id
+        found += loaded.decode(stream).replace("[CLS]", "").split("[SEP]")[:-1]
+    assert sorted("".join(text.split()) for text in found) == sorted("".join(text.split()) for text in prose(60))
+    assert sum(each.bytes for each in counts.values()) == sum(len(text.encode()) for text in prose(60))
+
+
+def test_causal_rows_have_a_length_of_their_own_and_no_pairs(corpus, tokenizer, tmp_path, capsys):
+    causal = ["--layout=causal", f"--output={tmp_path / 'shards'}", f"--heldout_fraction={HELDOUT}"]
+    assert build_shards.main([*corpus, tokenizer, *causal]) == 2
+    assert "has no end of text (eos_token)" in capsys.readouterr().err
+    assert build_shards.main([*corpus, tokenizer, *causal, "--short_row_probability=0.2"]) == 2
+    assert "short_row_probability: 0.2 has no effect on causal rows" in capsys.readouterr().err
+    assert train(corpus, tmp_path / "causal", "--template=causal") == 0
+    assert build_shards.main([*corpus, f"--tokenizer={tmp_path / 'causal'}", *causal]) == 0
+    assert Manifest.load(tmp_path / "shards").row_length == 2048
+
+
 def test_the_same_input_gives_the_same_bytes(corpus, tokenizer, tmp_path):
     for name in ("first", "second"):
         assert build(corpus, tokenizer, tmp_path / name) == 0
@@ -198,7 +226,7 @@ def test_damage_is_found_and_mended(corpus, tokenizer, tmp_path, capsys):
 def _older_manifest(output):
     content = json.loads((output / "manifest.json").read_text())
     (output / "manifest.json").write_text(json.dumps({**content, "version": 0}))
-    return "manifest.json: version 0, expected 1"
+    return "manifest.json: version 0, expected 2"
 
 
 def _no_index(output):
@@ -233,7 +261,7 @@ def test_an_older_unfinished_build_is_refused_and_then_overwritten(corpus, token
     plan = output / ".build" / "plan.json"
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "version": 0}))
     assert build(corpus, tokenizer, output) == 2
-    assert "plan.json: version 0, expected 1" in capsys.readouterr().err
+    assert "plan.json: version 0, expected 2" in capsys.readouterr().err
     assert build(corpus, tokenizer, output, "--overwrite") == 0
     assert verify_shards.main([str(output)]) == 0
 

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from data_prep.files import hash_file
 from data_prep.recipes import settings_from_dict
 from models.auto import save_with_code
-from models.modeling import AUTO_CLASSES, SpikeLMForMaskedLM, SpikeLMForPreTraining
-from pipeline import export
+from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForPreTraining
+from pipeline import model_folder
 from pipeline.checkpoint import read_state, read_weights, resolve_checkpoint
 from pipeline.config import RunConfig
 from pipeline.corpus import open_corpus
-from pipeline.export import main, probe_batch
+from pipeline.export import main
 from pipeline.metrics import read_metrics
-from pipeline.objectives import count_targets
+from pipeline.model_folder import ExportError, probe_batch, prove
+from pipeline.objectives import count_targets, loss_sums
 from tests.distributed.runs import STEPS
 from tests.tiny import OneProcess, make_model
 
@@ -111,11 +112,12 @@ def test_its_heldout_loss_is_the_one_that_the_trained_engine_measured(name, expo
     config = settings_from_dict(RunConfig, read_state(resolve_checkpoint(run)).recipe)
     model = SpikeLMForPreTraining.from_pretrained(exports / name).eval()
     tally = torch.zeros(2, 2, dtype=torch.float64)
-    for batch in open_corpus(config, OneProcess()).heldout_batches():
+    corpus = open_corpus(config, OneProcess())
+    names = corpus.objective.losses
+    for batch in corpus.heldout_batches():
         with torch.no_grad():
             output = model(**batch.tensors)
-        sums = torch.stack([output.masked_lm_loss_sum, output.next_sentence_loss_sum])
-        tally += torch.stack([sums, count_targets(batch.tensors)])
+        tally += torch.stack([loss_sums(output, names), count_targets(batch.tensors, names)])
     losses = (tally[0] / tally[1]).tolist()
     assert losses == pytest.approx([measured["masked_lm_loss"], measured["next_sentence_loss"]], rel=1e-5)
 
@@ -171,6 +173,24 @@ def test_a_folder_is_complete_and_describes_itself(exports, runs):
     assert manifest["tokenizer_fingerprint"] in body and f"{manifest['counts']['train']['rows']:,}" in body
 
 
+def test_a_decoder_is_exported_as_one(runs, tmp_path):
+    folder = tmp_path / "decoder"
+    assert main([str(runs / "resumed-decoder"), str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (2, 3, 0)
+    model = SpikeLMForCausalLM.from_pretrained(folder).eval()
+    names, tally = ("causal_lm",), torch.zeros(2, 1, dtype=torch.float64)
+    run_config = settings_from_dict(RunConfig, read_state(resolve_checkpoint(runs / "resumed-decoder")).recipe)
+    for batch in open_corpus(run_config, OneProcess()).heldout_batches():
+        with torch.no_grad():
+            tally += torch.stack([loss_sums(model(**batch.tensors), names), count_targets(batch.tensors, names)])
+    measured = [line for line in read_metrics(runs / "resumed-decoder" / "metrics.jsonl") if line["kind"] == "heldout"]
+    assert float(tally[0] / tally[1]) == pytest.approx(measured[-1]["causal_lm_loss"], rel=1e-5)
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card and "SpikeLM decoder" in card and "MASK" not in card
+
+
 def test_an_earlier_export_is_replaced_only_when_told_to(exports, runs, tmp_path, capsys):
     output = tmp_path / "export"
     shutil.copytree(exports / "zero2", output)
@@ -191,7 +211,7 @@ def test_an_earlier_export_is_replaced_only_when_told_to(exports, runs, tmp_path
     [("weight", "computes other logits"), ("amplitude", "computes other logits"), ("code", "does not open")],
 )
 def test_what_the_proof_refuses_is_not_exported(damage, message, exports, runs, tmp_path, capsys, monkeypatch):
-    write, options = export._write, []
+    write, options = model_folder._write, []
 
     def write_and_damage(model, tokenizer, folder):
         write(model, tokenizer, folder)
@@ -206,7 +226,7 @@ def test_what_the_proof_refuses_is_not_exported(damage, message, exports, runs, 
         shutil.copytree(exports / "zero1", tmp_path / "export")
         options = ["--overwrite"]
     before = {path: hash_file(path) for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(export, "_write", write_and_damage)
+    monkeypatch.setattr(model_folder, "_write", write_and_damage)
     assert main([str(runs / "whole-2-fp32"), str(tmp_path / "export"), *options]) == 1
     assert message in capsys.readouterr().err
     assert before == {path: hash_file(path) for path in tmp_path.rglob("*") if path.is_file()}
@@ -217,11 +237,11 @@ def test_what_the_proof_refuses_is_not_exported(damage, message, exports, runs, 
 def test_a_model_with_another_neuron_and_without_sentence_pairs_is_proved(neuron, tmp_path):
     model = make_model(neuron, model_class=SpikeLMForMaskedLM)
     save_with_code(model, AUTO_CLASSES, tmp_path)
-    export.prove(model, tmp_path)
+    prove(model, tmp_path)
     with torch.no_grad():
         model.mlm_head.norm.bias[3] += 1e-3
-    with pytest.raises(export.ExportError, match="computes other logits than"):
-        export.prove(model, tmp_path)
+    with pytest.raises(ExportError, match="computes other logits than"):
+        prove(model, tmp_path)
 
 
 def test_moved_shards_are_named_and_others_refused(runs, tiny_shards, tmp_path, capsys):

@@ -8,10 +8,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
 from transformers import LlamaConfig
 
-from data_prep.tokenizer_models import train_sentencepiece
+from data_prep.tokenizer_models import causal_tokenizer, train_sentencepiece
 from models.amplitudes import calibrate_amplitudes
 from models.auto import save_with_code
 from models.config import SpikeLMConfig
@@ -29,10 +28,7 @@ PROMPTS = ["The old river", "The green house sees number 7 of the stone.", "A", 
 def decoder(prose, tmp_path_factory):
     """An exported decoder with random weights, its amplitudes calibrated, and 400 pieces that a call begins by <s>."""
     folder = tmp_path_factory.mktemp("exported") / "decoder"
-    tokenizer, _ = train_sentencepiece(lambda: iter(prose(40)), 400, lowercase=False)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair=None, special_tokens=[("<s>", 2)]
-    )
+    tokenizer = causal_tokenizer(train_sentencepiece(lambda: iter(prose(40)), 400, lowercase=False)[0])
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400}
     model = make_model(None, SpikeLMForCausalLM, family="llama", max_position_embeddings=POSITIONS, **shape)
     calibrate_amplitudes(model, {"input_ids": torch.randint(5, 400, (4, 32))})
@@ -254,7 +250,7 @@ LONG = "The old river sees number 7 of the stone. " * 9
         (["--prompt", "A", "--device", "cuda:99"], "--device cuda:99: .*: use another, as cpu or cuda$"),
         (
             ["--prompt", "A", "--num-timesteps", "5"],
-            "num_timesteps is 5, but the model has 4: use 1 to 4",
+            "num_timesteps is 5, but .* 4: use 1 to 4",
         ),
         (["--prompt", "A", "--output", __file__], f"--output {__file__} exists: name another file$"),
     ],

@@ -4,7 +4,9 @@ Writes what each rank saw to <folder>/<case>_rank<r>.safetensors.
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -28,6 +30,13 @@ CASES = {
 CASES["none_zero2_acc4_clip"] = ("none", {"stage": 2, "accumulation": 4, "clip_norm": CLIP_NORM})
 CASES["none_zero3_acc1_clip"] = ("none", {"stage": 3, "clip_norm": CLIP_NORM})
 CASES["elastic_layer"] = ("elastic", {"stage": 2, "checkpointing": "layer"})
+# Where ZeRO-3 keeps no weight that it does not need at the moment.
+RELEASED = {"stage": 3, "ds_config": "tests/distributed/zero{}_released.json"}
+CASES["elastic_timestep_released"] = ("elastic", {**RELEASED, "checkpointing": "timestep"})
+# The optimizer's state, and under ZeRO-3 the weights, rest in the CPU's memory; DeepSpeed's own AdamW updates them.
+CASES["none_zero2_offload"] = ("none", {"stage": "2_offload"})
+CASES["none_zero3_offload"] = ("none", {"stage": "3_offload", "accumulation": 4})
+CASES["elastic_zero3_offload"] = ("elastic", {"stage": "3_offload"})
 CASES["none_bf16"] = ("none", {"stage": 2, "precision": "bf16"})
 CASES["elastic_bf16"] = ("elastic", {"stage": 2, "precision": "bf16"})
 CASES["elastic_bf16_zero3"] = ("elastic", {"stage": 3, "precision": "bf16"})
@@ -38,8 +47,9 @@ def train(kind, settings, world):
     model = reference.model(kind)
     spiking_stack(model).set_checkpointing(config.engine.checkpointing)
     engine = build_engine(model, config, world, Path("unused"))
-    trainer = Trainer(engine, config, world, corpus=None, checkpointer=None, metrics=None, state=None, stop=None)
-    gradients, step = {}, engine.step
+    corpus = SimpleNamespace(objective=reference.OBJECTIVE)
+    trainer = Trainer(engine, config, world, corpus, checkpointer=None, metrics=None, state=None, stop=None)
+    gradients, step, gathers = {}, engine.step, count_gathers(model)
 
     def step_after_reading_gradients():
         if engine.is_gradient_accumulation_boundary() and not gradients:
@@ -47,12 +57,36 @@ def train(kind, settings, world):
         return step()
 
     engine.step = step_after_reading_gradients
-    losses, amplitudes = [], []
+    losses, amplitudes, gathered = [], [], []
     for batch in reference.loader(world.rank, world.size).batches(reference.STEPS):
         losses.append(trainer.train_step(batch).losses.sum())
         amplitudes.append(spiking_stack(model).amplitudes.clone())
+        gathered.append([gathers.pop(name, 0) for name, _ in model.named_parameters()])
     engine.destroy()
-    return {"losses": torch.stack(losses), "amplitudes": torch.stack(amplitudes), **gradients}
+    return {
+        "losses": torch.stack(losses),
+        "amplitudes": torch.stack(amplitudes),
+        "gathers": torch.tensor(gathered),
+        **gradients,
+    }
+
+
+def count_gathers(model):
+    """How often each parameter is gathered from here on, by name, where ZeRO-3 partitions it."""
+    counts, names = Counter(), {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def counting(gather):
+        def count_and_gather(parameters, **options):
+            parameters = list(parameters)
+            counts.update(names[id(parameter)] for parameter in parameters)
+            return gather(parameters, **options)
+
+        return count_and_gather
+
+    for parameter in model.parameters():
+        if hasattr(parameter, "all_gather_coalesced"):
+            parameter.all_gather_coalesced = counting(parameter.all_gather_coalesced)
+    return counts
 
 
 def main():

@@ -1,7 +1,5 @@
 """One small training, written down once: what the engines must reproduce, and plain torch to compare them with."""
 
-import functools
-
 import numpy as np
 import torch
 
@@ -21,7 +19,7 @@ from pipeline.config import (
     TrainingSettings,
 )
 from pipeline.loader import ElasticLoader
-from pipeline.objectives import SpecialTokens, count_targets, pretraining_batch
+from pipeline.objectives import MaskedTokens, SpecialTokens, count_targets, loss_sums
 from pipeline.order import OrderState
 
 STEPS = 10
@@ -29,6 +27,7 @@ GLOBAL_BATCH = 8
 VOCABULARY = 61
 ROW_LENGTH = 12
 TOKENS = SpecialTokens(mask=4, special=(0, 1, 2, 3, 4), vocab_size=VOCABULARY)
+OBJECTIVE = MaskedTokens(seed=0, settings=ObjectiveSettings(), tokens=TOKENS)
 RATE = 2e-3
 
 
@@ -53,16 +52,23 @@ class Rows:
         return {name: np.asarray(value) for name, value in values.items()}
 
 
-def config(*, stage=2, accumulation=1, precision="fp32", checkpointing="none", world_size=2, clip_norm=0.0):
+def config(
+    *,
+    stage=2,
+    accumulation=1,
+    precision="fp32",
+    checkpointing="none",
+    world_size=2,
+    clip_norm=0.0,
+    ds_config="ds_configs/zero{}.json",
+):
     return RunConfig(
         name="equivalence",
         data=DataSettings(shards="made up"),
         objective=ObjectiveSettings(),
         optimizer=OptimizerSettings(learning_rate=RATE, weight_decay=0.01, clip_norm=clip_norm),
         schedule=ScheduleSettings(warmup_steps=2),
-        engine=EngineSettings(
-            ds_config=f"ds_configs/zero{stage}.json", precision=precision, checkpointing=checkpointing
-        ),
+        engine=EngineSettings(ds_config=ds_config.format(stage), precision=precision, checkpointing=checkpointing),
         training=TrainingSettings(
             total_steps=STEPS,
             global_batch_size=GLOBAL_BATCH,
@@ -75,10 +81,24 @@ def config(*, stage=2, accumulation=1, precision="fp32", checkpointing="none", w
 
 
 def loader(rank=0, world_size=1):
-    make_batch = functools.partial(pretraining_batch, seed=0, settings=ObjectiveSettings(), tokens=TOKENS)
     order = OrderState(seed=0, num_samples=len(Rows()))
     return ElasticLoader(
-        Rows(), make_batch, order=order, global_batch_size=GLOBAL_BATCH, rank=rank, world_size=world_size
+        Rows(), OBJECTIVE.make_batch, order=order, global_batch_size=GLOBAL_BATCH, rank=rank, world_size=world_size
+    )
+
+
+def model_config(kind):
+    return SpikeLMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=ROW_LENGTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+        neuron=NeuronConfig(kind=kind),
     )
 
 
@@ -86,20 +106,7 @@ def model(kind):
     """The same weights in every process; elastic amplitudes calibrated on the first global batch."""
     # With these weights no spike lies near its threshold: perturbations up to 1e-6 flip none in STEPS steps.
     torch.manual_seed(17)
-    built = SpikeLMForPreTraining(
-        SpikeLMConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=ROW_LENGTH,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.2,
-            neuron=NeuronConfig(kind=kind),
-        )
-    )
+    built = SpikeLMForPreTraining(model_config(kind))
     if kind == "elastic":
         calibrate_amplitudes(built, next(loader().batches(1)).tensors)
     return built
@@ -124,8 +131,8 @@ def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0):
     losses, first_gradients = [], {}
     for batch in loader().batches(STEPS):
         output = trained(**batch.tensors)
-        counts = count_targets(batch.tensors)
-        loss = output.masked_lm_loss_sum / counts[0] + output.next_sentence_loss_sum / counts[1]
+        counts = count_targets(batch.tensors, OBJECTIVE.losses)
+        loss = (loss_sums(output, OBJECTIVE.losses) / counts).sum()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

@@ -8,8 +8,16 @@ import torch
 from tests.launcher import launch
 
 STEPS = 6
-COMBINATIONS = [(stage, precision) for stage in (2, 3) for precision in ("fp32", "bf16")]
-"""Stages and precisions with a run that was stopped and resumed, resumed-<stage>-<precision>, beside a whole one."""
+RESUMED = {
+    "2-fp32": ("masked_lm", 2, "fp32"),
+    "2-bf16": ("masked_lm", 2, "bf16"),
+    "3-fp32": ("masked_lm", 3, "fp32"),
+    "3-bf16": ("masked_lm", 3, "bf16"),
+    "decoder": ("causal_lm", 3, "fp32"),
+}
+"""Objectives, stages and precisions with a run that was stopped and resumed, resumed-<name>, beside whole-<name>."""
+
+DECODER = ("--model.preset", "decoder-tiny", "--data.sample_length", "32")
 
 
 def run_arguments(shards, runs, name, stage, precision, *more):
@@ -21,15 +29,15 @@ def run_arguments(shards, runs, name, stage, precision, *more):
     ]
 
 
-def train_runs(shards, folder):
-    """Trains whole-1-fp32 and, for COMBINATIONS, an uninterrupted run and one stopped at a random step and resumed."""
+def train_runs(pairs, causal_rows, folder):
+    """Trains whole-1-fp32 and, for each of RESUMED, a run that nothing stops and one stopped anywhere and resumed."""
     stop = random.SystemRandom().randint(1, STEPS - 1)
     print(f"stopped after step {stop}")
-    first, second = [run_arguments(shards, folder, "whole-1-fp32", 1, "fp32")], []
-    for stage, precision in COMBINATIONS:
-        name = f"{stage}-{precision}"
-        first.append(run_arguments(shards, folder, f"whole-{name}", stage, precision))
-        resumed = run_arguments(shards, folder, f"resumed-{name}", stage, precision)
+    first, second = [run_arguments(pairs, folder, "whole-1-fp32", 1, "fp32")], []
+    for name, (objective, stage, precision) in RESUMED.items():
+        shards, more = (causal_rows, DECODER) if objective == "causal_lm" else (pairs, ())
+        first.append(run_arguments(shards, folder, f"whole-{name}", stage, precision, *more))
+        resumed = run_arguments(shards, folder, f"resumed-{name}", stage, precision, *more)
         first.append([*resumed, "--training.stop_after_step", str(stop)])
         second.append(resumed)
     for part, jobs in (("first", first), ("second", second)):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from safetensors.torch import load_file
 
 from tests.distributed import reference
@@ -17,6 +18,7 @@ FP32 = [name for name in CASES if "bf16" not in name]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What both ranks saw in every case: results[case][rank]."""
+    CPUAdamBuilder().load(verbose=False)  # is compiled on its first use, which takes minutes and no part of the launch
     folder = tmp_path_factory.mktemp("equivalence")
     launch("tests/distributed/equivalence_worker.py", folder)
     return {name: [load_file(folder / f"{name}_rank{rank}.safetensors") for rank in (0, 1)] for name in CASES}
@@ -98,6 +100,15 @@ def test_tracked_amplitudes_do_not_depend_on_accumulation_or_checkpointing(case,
     torch.testing.assert_close(
         results[case][0]["amplitudes"][0], results["elastic_zero2_acc1"][0]["amplitudes"][0], rtol=1e-6, atol=0
     )
+
+
+def test_a_layers_weights_are_gathered_once_a_pass_not_once_a_timestep(results):
+    """Where nothing that was gathered is kept: once in every forward and once in every backward."""
+    names = [name for name, _ in reference.model("elastic").named_parameters()]
+    gathers = results["elastic_timestep_released"][0]["gathers"]
+    assert gathers.shape == (reference.STEPS, len(names))
+    layers = torch.tensor([".layers." in name for name in names])
+    assert int(layers.sum()) > 20 and (gathers[:, layers] == 2).all()
 
 
 def test_layer_checkpointing_changes_no_bit(results):

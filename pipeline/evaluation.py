@@ -1,0 +1,121 @@
+"""What a model makes of rows or documents that it was not trained on: losses, accuracies and firing rates.
+
+Legend: B batch, L tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.amplitudes import SpikeStats, spiking_stack
+from pipeline.objectives import IGNORED, count_correct, count_targets, loss_sums
+from pipeline.world import World
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the counted targets of some batches, for some of pipeline.objectives.LABELS, those of tokens first.
+
+    Attributes:
+        losses: the names.
+        sums: targets, nats, and targets that were predicted right, [3, losses] in fp64.
+        occurrences: how often each token was a target, [V] in fp64.
+        stats: what the neurons did.
+    """
+
+    losses: tuple[str, ...]
+    sums: Tensor
+    occurrences: Tensor
+    stats: SpikeStats
+
+    def summed(self, world: World) -> Self:
+        """The tallies of all ranks together: every rank takes part."""
+        sums, occurrences = world.sum(self.sums), world.sum(self.occurrences)
+        return type(self)(self.losses, sums, occurrences, self.stats.all_reduced())
+
+    def values(self) -> dict[str, float]:
+        """Losses (nats per target), accuracies, and the unigram entropy of the tokens.
+
+        That is the entropy of the targets' own distribution: what a model that knows only how often each token occurs
+        would lose on them.
+        """
+        values = {}
+        for name, count, loss, correct in zip(self.losses, *self.sums.tolist(), strict=True):
+            if count > 0:
+                values[f"{name}_loss"], values[f"{name}_accuracy"] = loss / count, correct / count
+        share = self.occurrences / self.occurrences.sum().clamp(min=1)
+        return values | {"unigram_entropy": float(-torch.xlogy(share, share).sum())}
+
+
+@torch.no_grad()
+def tally_batches(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], losses: Sequence[str]) -> Tally:
+    """What `model`, or the engine around it, makes of batches with labels on its device."""
+    stack = spiking_stack(model)
+    device = stack.calibrated.device
+    sums = torch.zeros(3, len(losses), dtype=torch.float64, device=device)
+    occurrences = torch.zeros(stack.config.vocab_size, dtype=torch.float64, device=device)
+    stats = SpikeStats.zeros(len(stack.site_names), stack.config.num_timesteps, device)
+    for batch in batches:
+        output = model(**batch)
+        measured = count_targets(batch, losses), loss_sums(output, losses), count_correct(output, batch, losses)
+        sums += torch.stack(measured)
+        occurrences += torch.bincount(batch["labels"][batch["labels"] != IGNORED], minlength=len(occurrences))
+        stats += SpikeStats(output.spike_stats)
+    return Tally(tuple(losses), sums, occurrences, stats)
+
+
+def firing_values(site_names: Sequence[str], stats: SpikeStats) -> dict[str, float | dict[str, float]]:
+    """Firing rate over all neurons, and of each site (mean over timesteps); nothing where no neuron stands."""
+    if not site_names:
+        return {}
+    rates = dict(zip(site_names, stats.firing_rate.mean(1).tolist(), strict=True))
+    return {"firing_rate": sum(rates.values()) / len(rates), "firing_rate_by_site": rates}
+
+
+class Window(NamedTuple):
+    """A part of a document: token ids, and the place in it from which on tokens are targets."""
+
+    ids: np.ndarray
+    first_target: int
+
+
+def strided_windows(ids: np.ndarray, length: int, stride: int) -> Iterator[Window]:
+    """The document cut into windows of `length` tokens, one every `stride`, in which each token is a target once.
+
+    A target sees at least length - stride tokens before it, where the document has them. Its first token is none.
+    Raises ValueError where that would be no token at all.
+    """
+    if not 1 <= stride < length:
+        raise ValueError(f"a stride of {stride} and windows of {length}: use a stride from 1 to {length - 1}")
+    end = 1
+    for start in range(0, len(ids), stride):
+        if end >= len(ids):
+            return
+        window = ids[start : start + length]
+        yield Window(window, end - start)
+        end = start + len(window)
+
+
+def window_batches(windows: Iterable[Window], batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Windows as batches [B, L], padded on the right."""
+    windows = iter(windows)
+    while rows := list(islice(windows, batch_size)):
+        longest = max(len(row.ids) for row in rows)
+        ids = np.zeros((len(rows), longest), np.int64)
+        mask, labels = np.zeros_like(ids), np.full_like(ids, IGNORED)
+        for number, (tokens, first) in enumerate(rows):
+            ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
+            labels[number, first : len(tokens)] = tokens[first:]
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Of text of so many bytes (UTF-8) that a model loses so many nats on."""
+    return nats / math.log(2) / num_bytes

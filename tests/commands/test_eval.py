@@ -1,0 +1,82 @@
+"""python -m pipeline.eval: what it measures is what training measured, and what a hand would count."""
+
+import json
+
+import pytest
+
+from data_prep.manifest import Manifest
+from pipeline.eval import main
+from pipeline.export import main as export
+from pipeline.metrics import read_metrics
+
+
+@pytest.fixture
+def measure(tmp_path, capsys):
+    """measure(*arguments): the measures that the command writes, after a look at what it prints."""
+
+    def run(*arguments):
+        assert main([*map(str, arguments), "--device", "cpu", "--json", str(tmp_path / "measures.json")]) == 0
+        values = json.loads((tmp_path / "measures.json").read_text())
+        assert f"{values['unigram_entropy']:.4f}" in capsys.readouterr().out
+        return values
+
+    return run
+
+
+def test_an_encoder_gives_the_heldout_losses_of_its_training(measure, runs):
+    run = runs / "whole-2-fp32"
+    trained = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "heldout"][-1]
+    values = measure(run)
+    for name in ("masked_lm_loss", "next_sentence_loss", "masked_lm_accuracy", "unigram_entropy"):
+        assert values[name] == pytest.approx(trained[name], rel=1e-5)
+    # One of the two ranks had no row left at the end and gave the neurons one token of its own, of more than 10,000.
+    assert values["firing_rate"] == pytest.approx(trained["firing_rate"], rel=1e-4)
+    assert (
+        values["num_timesteps"] == 4 and values["firing_rate_by_site"].keys() == trained["firing_rate_by_site"].keys()
+    )
+
+
+def test_a_decoder_is_measured_on_whole_documents(measure, runs, causal_shards, tmp_path):
+    values = measure(runs / "whole-decoder", "--window", "32")
+    counts = Manifest.load(causal_shards).counts["heldout"]
+    assert (values["documents"], values["bytes"]) == (counts.documents, counts.bytes)
+    assert values["targets"] == counts.tokens + counts.documents  # all but the begin of text, and the end
+    assert values["bits_per_byte"] * counts.bytes == pytest.approx(
+        values["causal_lm_loss"] * values["targets"] / 0.6931471805599453
+    )
+    trained = [line for line in read_metrics(runs / "whole-decoder/metrics.jsonl") if line["kind"] == "heldout"][-1]
+    # Rows cut a document anywhere and predict nothing from before the cut: near, but not the same.
+    assert values["causal_lm_loss"] == pytest.approx(trained["causal_lm_loss"], rel=0.02)
+    assert export([str(runs / "whole-decoder"), str(tmp_path / "exported")]) == 0
+    exported = measure(tmp_path / "exported", "--shards", causal_shards, "--window", "32")
+    assert exported["causal_lm_loss"] == pytest.approx(values["causal_lm_loss"], rel=1e-6)
+    fewer = measure(tmp_path / "exported", "--shards", causal_shards, "--window", "32", "--num-timesteps", "1")
+    assert fewer["num_timesteps"] == 1 and fewer["causal_lm_loss"] != exported["causal_lm_loss"]
+
+
+def test_text_is_measured_like_the_shards_that_are_made_of_it(measure, runs, causal_shards, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "One small text."}\n{"body": ""}\n{"body": "Another, é."}\n')
+    values = measure(runs / "whole-decoder", "--text", tmp_path / "a.jsonl", "--text-field", "body")
+    assert (values["documents"], values["bytes"]) == (2, 15 + 12)
+    assert "shards" not in values["data"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["whole-decoder", "--stride", "40", "--window", "32"], "--window 32 and --stride 40: the model has"),
+        (["whole-decoder", "--num-timesteps", "9"], "num_timesteps is 9, but the model has amplitudes for 4"),
+        (["whole-2-fp32", "--window", "16"], "--window has no effect on an encoder"),
+        (["none"], "none is no intact checkpoint"),
+        (["whole-decoder", "--text", "none.txt"], "none.txt"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(arguments, message, runs, capsys):
+    assert main([str(runs / arguments[0]), *arguments[1:]]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_shards_of_another_tokenizer_or_layout_are_refused(runs, tiny_shards, causal_shards, capsys):
+    for run, shards in (("whole-decoder", tiny_shards), ("whole-2-fp32", causal_shards)):
+        assert main([str(runs / run), "--shards", str(shards)]) == 2
+        assert "was not trained on the shards" in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""Models that are made without weights and then given them module by module."""
+
+import pytest
+import torch
+from tiny import CONFIG, make_batch
+from torch import nn
+
+from models.amplitudes import calibrate_amplitudes
+from models.config import SpikeLMConfig
+from models.modeling import SpikeLMForCausalLM, SpikeLMForPreTraining
+from pipeline.model import draw_weights
+
+LLAMA = {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True}
+
+
+def empty_model(model_class=SpikeLMForPreTraining, **overrides):
+    with torch.device("meta"):
+        return model_class(SpikeLMConfig(**{**CONFIG, "initializer_range": 0.02, **overrides}))
+
+
+def drawn_model(finish=None, **overrides):
+    model = empty_model(**overrides)
+    torch.manual_seed(5)
+    draw_weights(model, finish)
+    return model
+
+
+@pytest.mark.parametrize("overrides", [{}, {"model_class": SpikeLMForCausalLM, **LLAMA}], ids=["bert", "llama"])
+def test_weights_are_drawn_as_configured(overrides):
+    model = drawn_model(hidden_size=64, vocab_size=500, pad_token_id=0, **overrides)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        expected = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        if parameter.dim() == 1:
+            assert (parameter == expected).all(), name
+        elif parameter.numel() > 1000:
+            assert parameter[1:].std().item() == pytest.approx(0.02, rel=0.1), name
+        assert parameter.requires_grad and not hasattr(parameter, "_is_hf_initialized")
+    if not overrides:
+        assert (model.get_input_embeddings().weight[0] == 0).all()
+    assert model.model.stack.amplitudes.isnan().all() and not model.model.stack.calibrated
+
+
+def test_a_drawn_model_works_and_saves(tmp_path):
+    model = drawn_model()
+    calibrate_amplitudes(model, make_batch())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(SpikeLMForPreTraining.from_pretrained(tmp_path)(**make_batch()).loss, model(**make_batch()).loss)
+
+
+def test_only_one_module_is_whole_at_a_time():
+    whole, drawn, most = drawn_model(), {}, 0
+
+    def finish(module):
+        nonlocal most
+        held = [parameter for parameter in made.parameters() if parameter.device.type != "meta"]
+        most = max(most, sum(parameter.numel() for parameter in held))
+        for parameter in module.parameters(recurse=False):
+            if parameter.numel():
+                drawn[id(parameter)] = parameter.data
+                parameter.data = torch.empty(0)
+
+    made = empty_model()
+    torch.manual_seed(5)
+    draw_weights(made, finish)
+    assert sum(parameter.numel() for parameter in made.parameters()) == 0
+    assert most == sum(p.numel() for p in whole.model.stack.layers[0].attention.qkv.parameters())  # the largest
+    pairs = zip(made.parameters(), whole.parameters(), strict=True)
+    assert all(torch.equal(drawn[id(ours)], theirs) for ours, theirs in pairs)
+    assert isinstance(made.get_input_embeddings().weight, nn.Parameter)

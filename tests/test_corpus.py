@@ -1,0 +1,48 @@
+"""Shards as a run sees them: rows that its model cannot learn from are refused, causal ones are split."""
+
+import pytest
+
+from pipeline.config import load_run_config
+from pipeline.corpus import open_corpus
+from tests.tiny import OneProcess
+
+
+@pytest.fixture
+def open_for(tiny_shards, causal_shards):
+    """open_for(preset, layout, *more): the corpus of a tiny run of that model on shards in that layout."""
+    shards = {"pairs": tiny_shards, "causal": causal_shards}
+
+    def open_(preset, layout, *more):
+        arguments = ["--recipe", "tests/distributed/tiny.yaml", "--data.shards", str(shards[layout])]
+        return open_corpus(load_run_config([*arguments, "--model.preset", preset, *more]), OneProcess())
+
+    return open_
+
+
+def test_causal_rows_are_split_into_samples(open_for):
+    whole, split = open_for("decoder-tiny", "causal"), open_for("decoder-tiny", "causal", "--data.sample_length", "32")
+    assert (whole.train.row_length, split.train.row_length) == (128, 32)
+    assert len(split.train) == 4 * len(whole.train) and len(split.heldout) == 4 * len(whole.heldout)
+    ours, theirs = ({**each.identity(), "num_samples": 0} for each in (split, whole))
+    assert ours.pop("sample_length") == 32 and theirs.pop("sample_length") == 128
+    assert ours == theirs
+    batch = next(split.train_batches(0, 1)).tensors
+    assert set(batch) == {"input_ids", "attention_mask", "position_ids", "labels"}
+    assert batch["input_ids"].shape == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("decoder-tiny", "pairs"), "rows in the layout pairs, but decoder-tiny learns from causal"),
+        (("encoder-tiny", "causal"), "rows in the layout causal, but encoder-tiny learns from pairs"),
+        (
+            ("decoder-tiny", "causal", "--data.sample_length", "48"),
+            "data.sample_length 48 does not divide the rows of 128",
+        ),
+        (("encoder-tiny", "pairs", "--data.sample_length", "16"), "only causal rows can be split"),
+    ],
+)
+def test_rows_that_the_model_cannot_learn_from_are_refused(arguments, message, open_for):
+    with pytest.raises(ValueError, match=message):
+        open_for(*arguments)
