@@ -109,6 +109,15 @@ class BlockNeurons:
         )
         return self._leave(site, spikes_TBLD, carry)
 
+    def worth(self, site: int, dtype: torch.dtype) -> Tensor | None:
+        """What a spike of `site` is worth in `fire`'s output, to the bit, [T]; None for kind none."""
+        if self.config.kind == "none":
+            return None
+        if self.config.kind == "lif":
+            return torch.ones(self.config.num_timesteps, dtype=dtype, device=self.amplitudes.device)
+        compute = torch.promote_types(dtype, torch.float32)
+        return self.amplitudes[site].to(compute).clamp(min=AMPLITUDE_FLOOR).to(dtype)
+
     def stats(self) -> Tensor:
         """The sums of SpikeStats for the sites that have fired, [sites, T, 5]; for kind none [0, T, 5]."""
         if not self._sums:

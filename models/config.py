@@ -166,6 +166,7 @@ class SpikeLMConfig(PreTrainedConfig):
 
     model_type = "spikelm"
     keys_to_ignore_at_inference = [  # no predictions
+        "past_key_values",
         "spike_stats",
         "masked_lm_loss_sum",
         "next_sentence_loss_sum",

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .amplitudes import BlockNeurons
+from .cache import SpikeCacheLayer
 from .config import NeuronConfig
 from .positions import Rotary, rotate
 
@@ -81,7 +82,12 @@ class SpikeAttention(nn.Module):
         self.output = nn.Linear(hidden_size, hidden_size, bias=spec.bias)
 
     def forward(
-        self, x_TBLD: Tensor, neurons: BlockNeurons, mask: Tensor | None = None, rotary: Rotary | None = None
+        self,
+        x_TBLD: Tensor,
+        neurons: BlockNeurons,
+        mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+        cache: SpikeCacheLayer | None = None,
     ) -> Tensor:
         q, k, v = self.qkv(neurons.fire(QKV, x_TBLD)).split(self.widths, dim=-1)
         if rotary is None:
@@ -90,12 +96,14 @@ class SpikeAttention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         k = neurons.fire(KEY, k, memoryless=True)
         v = neurons.fire(VALUE, v, memoryless=True)
+        if cache is not None:
+            k, v = cache.update(k, v, neurons.worth(KEY, k.dtype), neurons.worth(VALUE, v.dtype))
         return self.output(neurons.fire(ATTENTION_OUTPUT, self._attend(q, k, v, mask)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         T, B, L, D = q.shape
         K = self.head_width
-        q, k, v = (x.reshape(T * B, L, x.shape[-1] // K, K).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.reshape(T * B, x.shape[2], x.shape[-1] // K, K).transpose(1, 2) for x in (q, k, v))
         if self.sharing > 1:
             # Not by enable_gqa, with which a mask leaves no fused kernel but the CPU's.
             k, v = (x.repeat_interleave(self.sharing, dim=1) for x in (k, v))
@@ -165,27 +173,36 @@ class SpikeBlock(GradientCheckpointingLayer):
         counted_BL: Tensor | None = None,
         calibrate: bool = False,
         rotary: Rotary | None = None,
+        cache: SpikeCacheLayer | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the hidden states [T, B, L, D] and the sums of SpikeStats [sites, T, 5].
 
         Args:
             amplitudes: this block's rows of the table, [sites, T].
-            mask: for every timestep and row, [T * B, 1, 1 or L, L]: True where a token may be attended to, or what is
-                added to the scores.
+            mask: for every timestep and row, [T * B, 1, 1 or L, L], or S columns with a cache, which then needs one:
+                True where a token may be attended to, or what is added to the scores.
             counted_BL: True where a token counts in the statistics.
             calibrate: fill `amplitudes` in, site after site.
             rotary: by which queries and keys are rotated.
+            cache: keys and values of the tokens before these, to which theirs are added.
         """
         if self._has_cells(len(x_TBLD)) and not calibrate:
             return self._run_cells(x_TBLD, amplitudes, mask, counted_BL, rotary)
         neurons = BlockNeurons(self.neuron, amplitudes, counted_BL, calibrate)
-        return self._run(x_TBLD, neurons, mask, rotary), neurons.stats().to(x_TBLD.device)
+        return self._run(x_TBLD, neurons, mask, rotary, cache), neurons.stats().to(x_TBLD.device)
 
-    def _run(self, x_TBLD: Tensor, neurons: BlockNeurons, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+    def _run(
+        self,
+        x_TBLD: Tensor,
+        neurons: BlockNeurons,
+        mask: Tensor | None,
+        rotary: Rotary | None,
+        cache: SpikeCacheLayer | None = None,
+    ) -> Tensor:
         if self.norm_first:
-            x_TBLD = x_TBLD + self.dropout(self.attention(self.attention_norm(x_TBLD), neurons, mask, rotary))
+            x_TBLD = x_TBLD + self.dropout(self.attention(self.attention_norm(x_TBLD), neurons, mask, rotary, cache))
             return x_TBLD + self.dropout(self.mlp(self.mlp_norm(x_TBLD), neurons))
-        x_TBLD = self.attention_norm(x_TBLD + self.dropout(self.attention(x_TBLD, neurons, mask, rotary)))
+        x_TBLD = self.attention_norm(x_TBLD + self.dropout(self.attention(x_TBLD, neurons, mask, rotary, cache)))
         return self.mlp_norm(x_TBLD + self.dropout(self.mlp(x_TBLD, neurons)))
 
     def _has_cells(self, num_timesteps: int) -> bool:

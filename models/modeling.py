@@ -5,82 +5,30 @@ Arguments that a forward does not know are a TypeError. Those that only the bare
 Legend: B batch, L tokens, D width, V vocabulary, N positions that count (label other than -100).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    CausalLMOutput,
-    MaskedLMOutput,
-    SequenceClassifierOutput,
-)
 from transformers.utils.generic import can_return_tuple
 
 from .auto import register_auto_classes
+from .cache import SpikeCache
 from .config import FAMILIES, SpikeLMConfig
 from .layers import SpikeBlock
+from .outputs import (
+    SpikeLMCausalLMOutput,
+    SpikeLMModelOutput,
+    SpikeLMPreTrainingOutput,
+    SpikeLMSequenceClassifierOutput,
+)
 from .positions import sinusoids
 from .stack import PositionEmbeddings, SpikeStack, build_embeddings
 
 IGNORED_LABEL = -100
-
-
-@dataclass
-class SpikeLMModelOutput(BaseModelOutputWithPooling):
-    """What the bare model gives.
-
-    last_hidden_state: [B, L, D], the mean over timesteps. pooler_output: [B, D], or None; decoders have none.
-    hidden_states: where asked for, the embeddings and what each layer gives, means over timesteps, [B, L, D] each; the
-    last one is last_hidden_state.
-    spike_stats: sums of SpikeStats over the neurons, [S, T, 5].
-    """
-
-    spike_stats: Tensor | None = None
-
-
-@dataclass
-class SpikeLMPreTrainingOutput(MaskedLMOutput):
-    """Losses and logits of the pretraining heads.
-
-    loss: mean over this batch's counted targets, summed over the objectives, as transformers has it.
-    logits: [N, V] where labels were given, else [B, L, V]. next_sentence_logits: [B, 2].
-    masked_lm_loss_sum, next_sentence_loss_sum: sums over counted targets in nats, to be divided by a count that may
-    span more than this batch.
-    hidden_states, spike_stats: as in SpikeLMModelOutput.
-    """
-
-    next_sentence_logits: Tensor | None = None
-    masked_lm_loss_sum: Tensor | None = None
-    next_sentence_loss_sum: Tensor | None = None
-    spike_stats: Tensor | None = None
-
-
-@dataclass
-class SpikeLMCausalLMOutput(CausalLMOutput):
-    """Loss and logits of the causal head.
-
-    loss: mean over this batch's counted targets. logits: [N, V] of the positions before the counted targets where
-    labels were given, else [B, L, V].
-    causal_lm_loss_sum: the sum over counted targets in nats; causal_lm_count: how many those are.
-    hidden_states, spike_stats: as in SpikeLMModelOutput.
-    """
-
-    causal_lm_loss_sum: Tensor | None = None
-    causal_lm_count: Tensor | None = None
-    spike_stats: Tensor | None = None
-
-
-@dataclass
-class SpikeLMSequenceClassifierOutput(SequenceClassifierOutput):
-    """loss (a mean), logits [B, num_labels]; hidden_states and spike_stats as in SpikeLMModelOutput."""
-
-    spike_stats: Tensor | None = None
 
 
 class SpikeLMPreTrainedModel(PreTrainedModel):
@@ -165,30 +113,51 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        past_key_values: SpikeCache | None = None,
+        use_cache: bool | None = None,
         calibrate: bool = False,
     ) -> SpikeLMModelOutput:
         """Inputs are [B, L] as in transformers. `calibrate` belongs to models.amplitudes.calibrate_amplitudes.
 
+        past_key_values: the tokens before these, of a decoder, to which these are added; attention_mask then has
+            columns for all of them. position_ids go on in the row's last document where they are left out.
+        use_cache: begin such a cache. It is not begun where training runs layers again instead of keeping what they
+            computed.
+
         Raises RuntimeError where the amplitudes are not calibrated, ValueError for attention weights, which are never
-        formed, for token_type_ids where the family has none, and where not exactly one of input_ids and inputs_embeds
-        is given.
+        formed, for token_type_ids or a cache where the family has none, and where not exactly one of input_ids and
+        inputs_embeds is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         if self._asked_for("output_attentions", output_attentions):
             raise ValueError("output_attentions is True: SpikeLM never forms attention weights; leave it out")
+        cache = self._cache(past_key_values, use_cache)
         embedded_BLD = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         states = [embedded_BLD] if self._asked_for("output_hidden_states", output_hidden_states) else None
         observe = None if states is None else states.append
-        hidden_BLD, stats = self.stack(embedded_BLD, attention_mask, calibrate, observe, position_ids)
+        hidden_BLD, stats = self.stack(embedded_BLD, attention_mask, calibrate, observe, position_ids, cache)
         if states is not None:
             states[-1] = hidden_BLD  # behind the last norm, as transformers has it
         return SpikeLMModelOutput(
             last_hidden_state=hidden_BLD,
             pooler_output=None if self.pooler is None else torch.tanh(self.pooler(hidden_BLD[:, 0])),
             hidden_states=None if states is None else tuple(states),
+            past_key_values=cache,
             spike_stats=stats,
         )
+
+    def _cache(self, given: SpikeCache | None, use_cache: bool | None) -> SpikeCache | None:
+        """The cache of this forward: the one given, else a new one where one is asked for and can be kept."""
+        again = self.training and torch.is_grad_enabled()  # where layers may run again for the backward
+        again = again and any(layer.gradient_checkpointing for layer in self.stack.layers)
+        if given is None:
+            return SpikeCache(self.config) if use_cache and not again else None
+        if not isinstance(given, SpikeCache):
+            raise ValueError(f"past_key_values is a {type(given).__name__}: pass a SpikeCache, or leave it out")
+        if again:
+            raise ValueError("past_key_values: with checkpointing a layer would add its tokens twice; leave it out")
+        return given
 
     def _asked_for(self, name: str, value: bool | None) -> bool:
         return bool(getattr(self.config, name) if value is None else value)
@@ -300,8 +269,11 @@ class SpikeLMForPreTraining(SpikeLMForMaskedLM):
         )
 
 
-class SpikeLMForCausalLM(SpikeLMPreTrainedModel):
-    """The decoder with a linear head for the next token, tied to the word embeddings or not, as the config says."""
+class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
+    """The decoder with a linear head for the next token, tied to the word embeddings or not, as the config says.
+
+    `generate` is transformers', on a SpikeCache of its own making.
+    """
 
     accepts_loss_kwargs = True
     _needs_causal = True
@@ -328,6 +300,9 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: SpikeCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> SpikeLMCausalLMOutput:
         """Inputs as in SpikeLMModel; labels [B, L]: the input_ids, with -100 where a token does not count as a target.
@@ -335,18 +310,44 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel):
         Labels are shifted here: the first of a row never counts. That of a document packed behind another counts
         unless it is -100, as in transformers: what comes before it tells nothing about it.
         num_items_in_batch: counted tokens of the whole step, to divide the loss by instead of this batch's own.
+        logits_to_keep: without labels, the last so many positions to give logits of (0: all), or their indices.
+        Raises ValueError for labels together with past_key_values or logits_to_keep; with labels no cache is begun.
         """
-        output = self.model(input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if labels is not None and (
+            past_key_values is not None or not isinstance(logits_to_keep, int) or logits_to_keep
+        ):
+            raise ValueError("labels: the loss is that of whole rows; leave past_key_values and logits_to_keep out")
+        output = self.model(
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache and labels is None,
+            **kwargs,
+        )
         targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        logits, loss_sum = _predict_tokens(self.lm_head, output.last_hidden_state, targets)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss_sum = _predict_tokens(self.lm_head, output.last_hidden_state[:, kept], targets)
         return SpikeLMCausalLMOutput(
             loss=_token_loss(loss_sum, targets, num_items_in_batch),
             logits=logits,
+            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             causal_lm_loss_sum=loss_sum,
             causal_lm_count=None if targets is None else (targets != IGNORED_LABEL).sum(),
             spike_stats=output.spike_stats,
         )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """What `generate` calls for its cache, where it is to use one and was given none: it gets one of ours."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation is {kind!r}: keys and values are packed as it is; leave it out")
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = SpikeCache(self.config)
 
 
 class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):

@@ -3,10 +3,11 @@
 A row may hold several documents one after another, as transformers' packed rows do: position_ids count from 0 within
 each, and a token at position 0 begins a new one. A document sees only itself, and so does padding.
 
-Legend: T spike timesteps, B batch, L tokens, D width, K width of a head.
+Legend: T spike timesteps, B batch, L tokens, D width, K width of a head; with a cache P cached tokens and S = P + L.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -14,6 +15,9 @@ from .config import SpikeLMConfig
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of the angles by which a token's queries and keys are rotated, [B, L, 1, K/2] each, in fp32."""
+
+PADDING = -1
+"""The number of the document that padding stands in."""
 
 
 def sinusoids(num_positions: int, width: int) -> Tensor:
@@ -26,26 +30,58 @@ def sinusoids(num_positions: int, width: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :width]
 
 
+def place_tokens(
+    num_tokens: int, visible_BS: Tensor | None, position_ids_BL: Tensor | None, cached_BP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Positions [B, L] of new tokens, and the documents [B, S] of all tokens of their rows, P cached ones first.
+
+    Args:
+        num_tokens: L, of the new tokens.
+        visible_BS: False for padding, of all tokens; None: no token is padding that the cache does not know as such.
+        position_ids_BL: of the new tokens. None: they go on where the last document of their row ends, and padding on
+            any side is not counted.
+        cached_BP: documents of the cached tokens, with P = 0 where there are none.
+
+    Raises ValueError where visible_BS has not a column for each token.
+    """
+    B, P = cached_BP.shape
+    if visible_BS is None:
+        visible_BL = torch.ones(B, num_tokens, dtype=torch.bool, device=cached_BP.device)
+    elif visible_BS.shape[1] != P + num_tokens:
+        raise ValueError(
+            f"attention_mask has {visible_BS.shape[1]} columns, but there are {P} cached and {num_tokens} new tokens: "
+            f"give it {P + num_tokens}, those of the cached tokens first"
+        )
+    else:
+        visible_BL, cached_BP = visible_BS[:, P:], cached_BP.masked_fill(~visible_BS[:, :P], PADDING)
+    last_B1 = F.pad(cached_BP, (1, 0)).amax(-1, keepdim=True)  # 0 where nothing is cached, or padding alone
+    if position_ids_BL is None:
+        position_ids_BL = (cached_BP == last_B1).sum(-1, keepdim=True) + count_positions(visible_BL)
+    position_ids_BL = position_ids_BL.expand(B, num_tokens)
+    return position_ids_BL, torch.cat([cached_BP, document_ids(position_ids_BL, visible_BL, last_B1)], dim=1)
+
+
 def count_positions(visible_BL: Tensor) -> Tensor:
     """Positions [B, L] of rows that hold one document each, beside padding on any side: its tokens counted from 0."""
     return (visible_BL.cumsum(-1) - 1).clamp(min=0)
 
 
-def document_ids(position_ids_BL: Tensor, visible_BL: Tensor | None) -> Tensor:
-    """The number within its row of each token's document [B, L]; -1 for padding."""
-    begins_BL = position_ids_BL == 0
-    if visible_BL is None:
-        return begins_BL.cumsum(-1)
-    return (begins_BL & visible_BL).cumsum(-1).masked_fill(~visible_BL, -1)
+def document_ids(position_ids_BL: Tensor, visible_BL: Tensor, last_B1: Tensor | int = 0) -> Tensor:
+    """The number within its row of each token's document [B, L], counted on from `last_B1`; -1 for padding."""
+    begins_BL = (position_ids_BL == 0) & visible_BL
+    return (last_B1 + begins_BL.cumsum(-1)).masked_fill(~visible_BL, PADDING)
 
 
-def causal_mask(documents_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores [B, 1, L, L]: 0 for tokens of the same document up to the query, else -inf."""
-    L = documents_BL.shape[1]
-    earlier_LL = torch.ones(L, L, dtype=torch.bool, device=documents_BL.device).tril()
+def causal_mask(documents_BS: Tensor, num_queries: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention scores of a row's last L tokens [B, 1, L, S].
+
+    0 for tokens of the same document up to the query, else -inf.
+    """
+    S = documents_BS.shape[1]
+    earlier_LS = torch.ones(num_queries, S, dtype=torch.bool, device=documents_BS.device).tril(S - num_queries)
     # Every token sees itself, padding too: a row of -inf alone would be NaN, and spoil all gradients.
-    seen_BLL = earlier_LL & (documents_BL[:, :, None] == documents_BL[:, None, :])
-    return torch.zeros(seen_BLL.shape, dtype=dtype, device=seen_BLL.device).masked_fill(~seen_BLL, -torch.inf)[:, None]
+    seen_BLS = earlier_LS & (documents_BS[:, -num_queries:, None] == documents_BS[:, None, :])
+    return torch.zeros(seen_BLS.shape, dtype=dtype, device=seen_BLS.device).masked_fill(~seen_BLS, -torch.inf)[:, None]
 
 
 def rotary_angles(config: SpikeLMConfig, position_ids_BL: Tensor) -> Rotary:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .amplitudes import STATISTICS
+from .cache import SpikeCache
 from .config import SpikeLMConfig
 from .layers import AttentionSpec, MLPSpec, NormSpec, SpikeBlock, block_sites, build_norm
-from .positions import Rotary, causal_mask, count_positions, document_ids, rotary_angles
+from .positions import Rotary, causal_mask, place_tokens, rotary_angles
 
 
 class PositionEmbeddings(nn.Embedding):
@@ -167,20 +168,24 @@ class SpikeStack(nn.Module):
         calibrate: bool = False,
         observe: Callable[[Tensor], None] | None = None,
         position_ids_BL: Tensor | None = None,
+        cache: SpikeCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs T timesteps: returns the mean last hidden state [B, L, D] and the sums of SpikeStats [S, T, 5].
 
         `observe` is shown the hidden states behind each layer, as their mean over timesteps [B, L, D].
         `position_ids_BL` are for decoders: what they rotate by, and how they tell the documents of a row apart.
+        `cache` holds the tokens before these, and takes these up; attention_mask_BL then has columns for all of them.
         """
         amplitudes = torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes()
         visible_BL = None if attention_mask_BL is None else attention_mask_BL.to(torch.bool)
-        mask, rotary = self._mask_and_rotary(x_BLD, visible_BL, position_ids_BL)
-        counted_BL = None if self.config.neuron.count_padding else visible_BL
+        mask, rotary = self._mask_and_rotary(x_BLD, visible_BL, position_ids_BL, cache)
+        uncounted = self.config.neuron.count_padding or visible_BL is None
+        counted_BL = None if uncounted else visible_BL[:, -x_BLD.shape[1] :]
         x_TBLD = expand_time(x_BLD, self.config.num_timesteps)
         sums = []
-        for layer, rows in zip(self.layers, self._rows(amplitudes), strict=True):
-            x_TBLD, layer_sums = layer(x_TBLD, rows, mask, counted_BL, calibrate, rotary)
+        held = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, rows, past in zip(self.layers, self._rows(amplitudes), held, strict=True):
+            x_TBLD, layer_sums = layer(x_TBLD, rows, mask, counted_BL, calibrate, rotary, cache=past)
             sums.append(layer_sums)
             if observe:
                 observe(collapse_time(x_TBLD))
@@ -191,22 +196,30 @@ class SpikeStack(nn.Module):
         return self.norm(collapse_time(x_TBLD)), torch.cat([none, *sums])
 
     def _mask_and_rotary(
-        self, x_BLD: Tensor, visible_BL: Tensor | None, position_ids_BL: Tensor | None
+        self, x_BLD: Tensor, visible_BL: Tensor | None, position_ids_BL: Tensor | None, cache: SpikeCache | None
     ) -> tuple[Tensor | None, Rotary | None]:
         """As SpikeBlock takes them. Made once: every layer keeps its mask for the backward, all the same one."""
-        (B, L, _), traits, rotary = x_BLD.shape, self.config.traits, None
-        if not traits.causal:
-            mask = None if visible_BL is None else visible_BL[:, None, None, :]
-        elif visible_BL is None and position_ids_BL is None:
-            mask = None  # every row is one document: sdpa's own causal mask, which needs no memory
+        traits = self.config.traits
+        if traits.causal:
+            mask, position_ids_BL = self._place(x_BLD, visible_BL, position_ids_BL, cache)
         else:
-            position_ids_BL = count_positions(visible_BL) if position_ids_BL is None else position_ids_BL.expand(B, L)
-            mask = causal_mask(document_ids(position_ids_BL, visible_BL), x_BLD.dtype)
-        if traits.positions == "rotary":
-            if position_ids_BL is None:
-                position_ids_BL = torch.arange(L, device=x_BLD.device).expand(B, L)
-            rotary = rotary_angles(self.config, position_ids_BL)
+            mask = None if visible_BL is None else visible_BL[:, None, None, :]
+        rotary = rotary_angles(self.config, position_ids_BL) if traits.positions == "rotary" else None
         return None if mask is None else mask.repeat(self.config.num_timesteps, 1, 1, 1), rotary
+
+    def _place(
+        self, x_BLD: Tensor, visible_BL: Tensor | None, position_ids_BL: Tensor | None, cache: SpikeCache | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """The causal mask of a decoder's tokens, and their positions; the cache learns their documents."""
+        B, L, _ = x_BLD.shape
+        empty = cache is None or cache.documents is None
+        cached_BP = torch.zeros(B, 0, dtype=torch.long, device=x_BLD.device) if empty else cache.documents
+        # Where every row is one document, sdpa's own causal mask serves, which needs no memory.
+        plain = empty and visible_BL is None and position_ids_BL is None
+        position_ids_BL, documents_BS = place_tokens(L, visible_BL, position_ids_BL, cached_BP)
+        if cache is not None:
+            cache.documents = documents_BS
+        return None if plain else causal_mask(documents_BS, L, x_BLD.dtype), position_ids_BL
 
     def _rows(self, amplitudes: Tensor) -> list[Tensor]:
         return list(amplitudes.view(len(self.layers), -1, self.config.num_timesteps)) if len(self.layers) else []

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from tiny import CONFIG, make_batch, make_model
+from decoders import clear_lif_threshold, each_kind, each_neuron, make_decoder, positions_of, ready_decoder, token_ids
+from tiny import CONFIG, make_batch
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from models import amplitudes, neuron
-from models.amplitudes import BlockNeurons, SpikeStats, calibrate_amplitudes, update_amplitudes
+from models.amplitudes import BlockNeurons, SpikeStats, keep_timesteps, update_amplitudes
 from models.auto import save_with_code
 from models.config import PRESETS, SpikeLMConfig, preset
 from models.layers import SITES
@@ -24,38 +24,6 @@ from models.modeling import (
     SpikeLMModel,
 )
 from models.positions import document_ids, rotary_angles, rotate
-
-NEURONS = [
-    {"kind": "elastic", "num_timesteps": 1},
-    {"kind": "elastic", "num_timesteps": 4},
-    {"kind": "lif", "num_timesteps": 1},
-    {"kind": "lif", "num_timesteps": 4},
-    {"kind": "none"},
-]
-each_neuron = pytest.mark.parametrize("settings", NEURONS, ids=lambda n: f"{n['kind']}-T{n.get('num_timesteps', 1)}")
-each_kind = pytest.mark.parametrize("kind", ["elastic", "lif", "none"])
-SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2}
-LIF_SCALE = {"initializer_range": 3.0}  # so that attention is so sharp that lif neurons behind it fire at all
-
-
-def make_decoder(settings=None, seed=0, model_class=SpikeLMForCausalLM, **overrides):
-    scale = LIF_SCALE if (settings or {}).get("kind") == "lif" else {}
-    return make_model(settings, model_class, seed, family="llama", **{**SHAPE, **scale, **overrides})
-
-
-def ready_decoder(settings=None, batch=None, **overrides):
-    model = make_decoder(settings, **overrides)
-    calibrate_amplitudes(model, batch or {"input_ids": token_ids()})
-    return model
-
-
-def token_ids(rows=2, length=24, seed=3):
-    return torch.randint(1, CONFIG["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def positions_of(*lengths):
-    """position_ids [1, L] of a row that holds documents of these lengths."""
-    return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
 def gradients(model):
@@ -72,9 +40,7 @@ def seen_by_each_token(model, **inputs):
 
 @pytest.fixture
 def lif_between_rounding_errors(monkeypatch):
-    """Where all values that a token sees are spikes, attention gives 1 up to rounding: just lif's threshold."""
-    for module in (neuron, amplitudes):
-        monkeypatch.setattr(module, "LIF_THRESHOLD", 0.9)
+    clear_lif_threshold(monkeypatch)
 
 
 needs_clear_thresholds = pytest.mark.usefixtures("lif_between_rounding_errors")
@@ -191,11 +157,10 @@ def test_rows_padded_differently_have_the_gradients_that_they_have_alone(kind):
 def test_a_visible_token_at_position_0_begins_a_document():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [5, 6, 7, 8, 0, 1], [0, 0, 0, 1, 0, 2]])
     visible = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1]]).bool()
-    assert document_ids(positions[:2], None).tolist() == [[1, 1, 1, 2, 2, 3], [0, 0, 0, 0, 1, 1]]
-    assert document_ids(positions, visible).tolist() == [
-        *document_ids(positions[:2], None).tolist(),
-        [-1, -1, 1, 1, -1, 1],
-    ]
+    expected = torch.tensor([[1, 1, 1, 2, 2, 3], [0, 0, 0, 0, 1, 1], [-1, -1, 1, 1, -1, 1]])
+    assert torch.equal(document_ids(positions, visible), expected)
+    counted_on = document_ids(positions, visible, torch.tensor([[2], [0], [1]]))
+    assert torch.equal(counted_on, expected + torch.tensor([[2], [0], [1]]) * visible)
 
 
 def test_only_distances_matter_to_rotary_positions():
@@ -435,6 +400,21 @@ def test_checkpointing_changes_nothing_but_memory(kind):
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
     model.eval()
     assert not torch.equal(model(ids, position_ids=positions_of(9, 15), labels=ids).loss, loss)  # dropout was on
+
+
+@pytest.mark.parametrize("kind", ["elastic", "lif"])
+def test_the_first_timesteps_alone_are_a_model_of_fewer(kind):
+    whole, ids = ready_decoder({"kind": kind}), token_ids()
+    fewer = ready_decoder({"kind": kind, "num_timesteps": 3})  # calibrated on the same text: equal as far as it goes
+    keep_timesteps(whole, 3)
+    ours, theirs = whole(ids, use_cache=True), fewer(ids, use_cache=True)
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.spike_stats, theirs.spike_stats)
+    ours, theirs = (
+        model(ids, past_key_values=first.past_key_values) for model, first in ((whole, ours), (fewer, theirs))
+    )
+    assert torch.equal(ours.logits, theirs.logits)
+    assert whole.config.to_json_string() == fewer.config.to_json_string()
+    assert whole.state_dict().keys() == fewer.state_dict().keys()
 
 
 def test_a_decoder_without_layers_is_a_twin_that_trains():

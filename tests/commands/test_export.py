@@ -147,7 +147,7 @@ def test_the_weights_are_those_that_deepspeed_has_trained(exports, runs):
 
 def test_a_folder_is_complete_and_describes_itself(exports, runs):
     folder = exports / "zero3"
-    modules = ("auto", "amplitudes", "config", "layers", "modeling", "neuron", "positions", "stack")
+    modules = ("auto", "amplitudes", "cache", "config", "layers", "modeling", "neuron", "outputs", "positions", "stack")
     code = {f"{name}.py" for name in modules}
     assert {path.name for path in folder.iterdir()} == code | {
         "README.md",
