@@ -22,19 +22,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from data_prep.files import atomic_file
 from data_prep.recipes import run_command
-from data_prep.tokenization import load_tokenizer, vocabulary_size
 from models.amplitudes import SpikeStats, keep_timesteps, spiking_stack
-from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForCausalLM
 from models.outputs import SpikeLMCausalLMOutput
+from pipeline.model_folder import DTYPES, read_model_folder
 
-DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_NEW_TOKENS = 64
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
@@ -117,38 +114,16 @@ def open_model(
 
     Raises ValueError where the folder does not hold a whole, calibrated decoder and its tokenizer.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no model in {folder}: give a folder that pipeline.export has made")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not isinstance(config, SpikeLMConfig):
-        raise ValueError(f"{folder} holds a model of type {config.model_type}, not {SpikeLMConfig.model_type}")
-    if not SpikeLMForCausalLM.fits(config):
-        raise ValueError(f"{folder} holds an encoder (family {config.family}), which writes no text: give a decoder")
-    tokenizer = load_tokenizer(folder)
-    if vocabulary_size(tokenizer) > config.vocab_size:
+    model, tokenizer = read_model_folder(folder, dtype)
+    if not isinstance(model, SpikeLMForCausalLM):
         raise ValueError(
-            f"{folder}: the tokenizer has {vocabulary_size(tokenizer)} ids, the model {config.vocab_size}: "
-            "they are not of one export"
+            f"{folder} holds an encoder (family {model.config.family}), which writes no text: give a decoder"
         )
-    model = _load_weights(folder, config, dtype)
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     if num_timesteps is not None:
         keep_timesteps(model, num_timesteps)
     return model.to(_device(device)).eval(), tokenizer
-
-
-def _load_weights(folder: Path, config: SpikeLMConfig, dtype: str | None) -> SpikeLMForCausalLM:
-    options = {"config": config, "dtype": dtype or "auto", "local_files_only": True, "trust_remote_code": False}
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {str(error).splitlines()[0]}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"the weights in {folder} lack {', '.join(missing)}: export the model again")
-    if not spiking_stack(model).calibrated:
-        raise ValueError(f"the model in {folder} is not calibrated: export one that was trained")
-    return model
 
 
 def _device(name: str) -> torch.device:

@@ -11,11 +11,10 @@ from transformers.utils import CONFIG_NAME
 
 from data_prep.manifest import Manifest
 from data_prep.recipes import settings_from_dict
-from data_prep.tokenization import load_tokenizer, vocabulary_size
+from data_prep.tokenization import vocabulary_size
 from models.amplitudes import spiking_stack
 from models.config import SpikeLMConfig, preset
 from models.modeling import (
-    AUTO_CLASSES,
     SpikeLMForCausalLM,
     SpikeLMForMaskedLM,
     SpikeLMForPreTraining,
@@ -26,6 +25,7 @@ from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_we
 from pipeline.config import RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_tokenizer
 from pipeline.engine import partition_weights
+from pipeline.model_folder import read_model_folder
 from pipeline.world import World
 
 
@@ -130,12 +130,7 @@ def open_model(
         config = settings_from_dict(RunConfig, state.recipe)
         _, tokenizer = open_data(shards or Path(config.data.shards), state)
         return trained_model(config, tokenizer, checkpoint), tokenizer, config
-    model_config = SpikeLMConfig.from_pretrained(given)
-    heads = {head.__name__: head for head in AUTO_CLASSES.values()}
-    head = next((heads[name] for name in model_config.architectures or () if name in heads), None)
-    if head is None:
-        raise ValueError(f"{given / CONFIG_NAME} names no model of ours: architectures is {model_config.architectures}")
-    return head.from_pretrained(given).eval(), load_tokenizer(given), None
+    return *read_model_folder(given), None
 
 
 def _untrained(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpikeLMPreTrainedModel:

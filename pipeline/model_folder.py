@@ -1,4 +1,4 @@
-"""Folders that transformers opens: written whole with the code of the model, and proved before they get their name."""
+"""Folders that transformers opens: written whole with the code of the model and proved, and read without that code."""
 
 import os
 import shutil
@@ -10,15 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import CONFIG_NAME
 
 from data_prep.files import sync_file, sync_folder
+from data_prep.tokenization import load_tokenizer, vocabulary_size
+from models.amplitudes import spiking_stack
 from models.auto import auto_class_name, save_with_code
 from models.config import SpikeLMConfig
-from models.modeling import AUTO_CLASSES
+from models.modeling import AUTO_CLASSES, SpikeLMPreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CARD = "README.md"
@@ -42,6 +45,45 @@ def write_model_folder(
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
         prove(model, folder)
+
+
+def read_model_folder(folder: Path, dtype: str | None = None) -> tuple[SpikeLMPreTrainedModel, PreTrainedTokenizerFast]:
+    """The model in `folder` and its tokenizer. No code of the folder is run, and nothing is fetched.
+
+    Args:
+        dtype: of the weights, a name in DTYPES; None: as they are.
+
+    Raises ValueError where the folder does not hold a whole, calibrated model of ours and its tokenizer.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"there is no model in {folder}: give a folder that pipeline.export has made")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not isinstance(config, SpikeLMConfig):
+        raise ValueError(f"{folder} holds a model of type {config.model_type}, not {SpikeLMConfig.model_type}")
+    tokenizer = load_tokenizer(folder)
+    if vocabulary_size(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {vocabulary_size(tokenizer)} ids, the model {config.vocab_size}: "
+            "they are not of one export"
+        )
+    return _read_weights(folder, config, dtype).eval(), tokenizer
+
+
+def _read_weights(folder: Path, config: SpikeLMConfig, dtype: str | None) -> SpikeLMPreTrainedModel:
+    heads = {head.__name__: head for head in AUTO_CLASSES.values()}
+    head = next((heads[name] for name in config.architectures or () if name in heads), None)
+    if head is None:
+        raise ValueError(f"{folder / CONFIG_NAME} names no model of ours: architectures is {config.architectures}")
+    options = {"config": config, "dtype": dtype or "auto", "local_files_only": True, "trust_remote_code": False}
+    try:
+        model, report = head.from_pretrained(folder, output_loading_info=True, **options)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {str(error).splitlines()[0]}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the weights in {folder} lack {', '.join(missing)}: export the model again")
+    if not spiking_stack(model).calibrated:
+        raise ValueError(f"the model in {folder} is not calibrated: export one that was trained")
+    return model
 
 
 def refuse_to_replace(output: Path, overwrite: bool) -> None:

@@ -285,6 +285,12 @@ def test_files_without_prompts_are_refused(decoder, tmp_path, capsys, name, cont
     assert re.search(message, error_of(capsys, decoder, "--prompts", path))
 
 
+def test_an_encoder_is_refused(damaged, capsys):
+    make_model({"kind": "none"}, SpikeLMForMaskedLM, vocab_size=400).save_pretrained(damaged)
+    message = r"holds an encoder \(family bert\), which writes no text: give a decoder"
+    assert re.search(message, error_of(capsys, damaged, "--prompt", "The"))
+
+
 def test_folders_without_a_decoder_are_refused(damaged, tmp_path, capsys):
     def refused(message):
         assert re.search(message, error_of(capsys, damaged, "--prompt", "The"))
@@ -304,8 +310,6 @@ def test_folders_without_a_decoder_are_refused(damaged, tmp_path, capsys):
     refused("the tokenizer has 400 ids, the model 300: they are not of one export")
     (damaged / "tokenizer.json").unlink()
     refused("holds no tokenizer that transformers can load")
-    make_model(None, SpikeLMForMaskedLM).save_pretrained(damaged)
-    refused(r"holds an encoder \(family bert\), which writes no text: give a decoder")
     LlamaConfig().save_pretrained(damaged)
     refused("holds a model of type llama, not spikelm")
     (damaged / "config.json").unlink()
