@@ -121,7 +121,7 @@ def build_engine(model: nn.Module, config: RunConfig, world: World, run_dir: Pat
     rate_of = learning_rate_factor(config.schedule, config.training.total_steps)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=_build_optimizer(model, config),
+        optimizer=build_optimizer(model, config),
         lr_scheduler=lambda inner: LambdaLR(inner, rate_of),
         config=build_ds_config(config, world.size, run_dir),
         dist_init_required=False,
@@ -129,20 +129,34 @@ def build_engine(model: nn.Module, config: RunConfig, world: World, run_dir: Pat
     return engine
 
 
-def _build_optimizer(model: nn.Module, config: RunConfig) -> AdamW | DeepSpeedCPUAdam:
+def build_optimizer(model: nn.Module, config: RunConfig) -> AdamW | DeepSpeedCPUAdam:
+    """AdamW as the recipe has it: torch's, or where its state rests in the CPU's memory DeepSpeed's, which works there.
+
+    Raises ValueError where DeepSpeed's cannot be compiled.
+    """
     settings = config.optimizer
     groups = parameter_groups(model, settings.weight_decay)
     numbers = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
     if not offloads_optimizer(config):
         return AdamW(groups, **numbers)
     try:
-        return DeepSpeedCPUAdam(groups, **numbers)
+        optimizer = DeepSpeedCPUAdam(groups, **numbers)
     except RuntimeError as error:
         raise ValueError(
             f"engine.ds_config: {config.engine.ds_config!r} offloads the optimizer, whose operator DeepSpeed cannot "
             f"compile ({first_line(error.__cause__ or error)}): install g++ and ninja, or take a ds_config without "
             "offload_optimizer"
         ) from error
+    optimizer.register_step_pre_hook(_complete_state)
+    return optimizer
+
+
+def _complete_state(optimizer: DeepSpeedCPUAdam, *_: Any) -> None:
+    """Make a state that torch's AdamW left in a checkpoint one that DeepSpeed's goes on from."""
+    for group in optimizer.param_groups:
+        group.setdefault("bias_correction", True)
+    for state in optimizer.state.values():
+        state["step"] = int(state["step"])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

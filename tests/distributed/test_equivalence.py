@@ -22,7 +22,8 @@ def results(tmp_path_factory):
     compile_cpu_adam()
     folder = tmp_path_factory.mktemp("equivalence")
     launch("tests/distributed/equivalence_worker.py", folder)
-    return {name: [load_file(folder / f"{name}_rank{rank}.safetensors") for rank in (0, 1)] for name in CASES}
+    of_ranks = {name: [load_file(folder / f"{name}_rank{rank}.safetensors") for rank in (0, 1)] for name in CASES}
+    return {**of_ranks, "take_over": load_file(folder / "take_over.safetensors")}
 
 
 def compile_cpu_adam():
@@ -117,6 +118,12 @@ def test_a_layers_weights_are_gathered_once_a_pass_not_once_a_timestep(results):
     assert gathers.shape == (reference.STEPS, len(names))
     layers = torch.tensor([".layers." in name for name in names])
     assert int(layers.sum()) > 20 and (gathers[:, layers] == 2).all()
+
+
+def test_offload_goes_on_from_the_state_of_torchs_adamw(results):
+    """A run may change its ds_config. Every step moves a weight by about the rate: what is lost of the state shows."""
+    alone, taken_over = results["take_over"].values()
+    torch.testing.assert_close(taken_over, alone, atol=1e-3 * reference.RATE, rtol=0)
 
 
 def test_layer_checkpointing_changes_no_bit(results):
