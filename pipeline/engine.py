@@ -156,7 +156,8 @@ def _complete_state(optimizer: DeepSpeedCPUAdam, *_: Any) -> None:
     for group in optimizer.param_groups:
         group.setdefault("bias_correction", True)
     for state in optimizer.state.values():
-        state["step"] = int(state["step"])
+        if state:  # there is none yet before the first step
+            state["step"] = int(state["step"])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
