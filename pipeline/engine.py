@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from models.layers import SpikeBlock
 from pipeline.build_locks import clear_stale_locks
 from pipeline.config import RunConfig, ScheduleSettings, build_ds_config, offloads_optimizer, zero_stage
+from pipeline.ending import first_line
 from pipeline.mixing import Choice, mix
 from pipeline.world import Place, World, join_world
 
@@ -114,26 +115,49 @@ def partition_weights(module: nn.Module, config: RunConfig, world: World) -> Non
 
 def build_engine(model: nn.Module, config: RunConfig, world: World, run_dir: Path) -> DeepSpeedEngine:
     """The engine that trains `model` as `config` says: ZeRO stage and precision, AdamW, schedule, clipping."""
-    # A state that rests in the CPU's memory is updated there, by code that needs no copy of it.
-    adamw = DeepSpeedCPUAdam if offloads_optimizer(config) else AdamW
-    optimizer = adamw(
-        parameter_groups(model, config.optimizer.weight_decay),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-    )
     if zero_stage(config) == 3 and any(isinstance(module, SpikeBlock) for module in model.modules()):
         # A layer's weights are gathered once a pass; linear layer by linear layer it would be once a timestep.
         set_z3_leaf_modules(model, [SpikeBlock])
     rate_of = learning_rate_factor(config.schedule, config.training.total_steps)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(model, config),
         lr_scheduler=lambda inner: LambdaLR(inner, rate_of),
         config=build_ds_config(config, world.size, run_dir),
         dist_init_required=False,
     )
     return engine
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> AdamW | DeepSpeedCPUAdam:
+    """AdamW as the recipe has it: torch's, or where its state rests in the CPU's memory DeepSpeed's, which works there.
+
+    Raises ValueError where DeepSpeed's cannot be compiled.
+    """
+    settings = config.optimizer
+    groups = parameter_groups(model, settings.weight_decay)
+    numbers = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    if not offloads_optimizer(config):
+        return AdamW(groups, **numbers)
+    try:
+        optimizer = DeepSpeedCPUAdam(groups, **numbers)
+    except RuntimeError as error:
+        raise ValueError(
+            f"engine.ds_config: {config.engine.ds_config!r} offloads the optimizer, whose operator DeepSpeed cannot "
+            f"compile ({first_line(error.__cause__ or error)}): install g++ and ninja, or take a ds_config without "
+            "offload_optimizer"
+        ) from error
+    optimizer.register_step_pre_hook(_complete_state)
+    return optimizer
+
+
+def _complete_state(optimizer: DeepSpeedCPUAdam, *_: Any) -> None:
+    """Make a state that torch's AdamW left in a checkpoint one that DeepSpeed's goes on from."""
+    for group in optimizer.param_groups:
+        group.setdefault("bias_correction", True)
+    for state in optimizer.state.values():
+        if state:  # there is none yet before the first step
+            state["step"] = int(state["step"])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from pipeline.config import (
     differences,
     is_decoder,
     load_run_config,
+    offloads_optimizer,
     zero_stage,
 )
 
@@ -427,6 +428,28 @@ def test_accumulation_by_world_size(load):
         accumulation_steps(config, 3)
     with pytest.raises(ValueError, match="2 x 5 processes = 10: use a global batch of 10,"):
         accumulation_steps(config, 5)
+
+
+@pytest.mark.parametrize(
+    ("zero", "offloads"),
+    [
+        ({}, False),
+        ({"offload_optimizer": {"device": "none"}}, False),
+        ({"offload_optimizer": {"device": "cpu"}}, True),
+        ({"offload_param": {"device": "cpu"}}, False),
+    ],
+)
+def test_who_updates_the_weights_depends_on_where_the_optimizer_rests(load, tmp_path, zero, offloads):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}))
+    assert offloads_optimizer(load("--engine.ds_config", str(path))) == offloads
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_ds_configs_are_what_their_names_say(load, path):
+    config = load("--engine.ds_config", str(path))
+    assert path.stem.startswith(f"zero{zero_stage(config)}")
+    assert offloads_optimizer(config) == path.stem.endswith("_offload")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch.optim.lr_scheduler import LambdaLR
 
 from models.config import NeuronConfig, preset
@@ -9,12 +10,14 @@ from models.modeling import SpikeLMForPreTraining
 from pipeline.config import ScheduleSettings
 from pipeline.engine import (
     _share_cores,
+    build_optimizer,
     learning_rate_factor,
     parameter_groups,
     seed_dropout,
     seed_weights,
 )
 from pipeline.world import Place
+from tests.distributed import reference
 
 
 def _rates(total_steps, **settings):
@@ -54,6 +57,16 @@ def test_biases_and_norms_do_not_decay():
     assert all(parameter.dim() == 2 for parameter in decayed["params"])
     assert all(parameter.dim() == 1 for parameter in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_an_operator_that_cannot_be_compiled_is_a_fault_of_the_ds_config(monkeypatch):
+    def fail(builder):
+        raise RuntimeError("Error building extension 'cpu_adam'\nand a page of g++'s output")
+
+    monkeypatch.setattr(CPUAdamBuilder, "load", fail)
+    config, expected = reference.config(stage="2_offload"), r"zero2_offload.json' offloads .* \(Error .* 'cpu_adam'\): "
+    with pytest.raises(ValueError, match=f"{expected}install g\\+\\+ and ninja, or take"):
+        build_optimizer(reference.model("none"), config)
 
 
 def test_every_rank_drops_out_units_of_its_own():

@@ -59,9 +59,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         return model(ids).last_hidden_state.square().mean()
 
     forward(batch[:1, :2]).backward()  # allocates the gradients, loads what torch loads late
-    before, start = _memory("VmRSS"), time.process_time()
+    before, start = memory("VmRSS"), time.process_time()
     forward().backward()
-    seconds, peak = time.process_time() - start, _memory("VmHWM") - before
+    seconds, peak = time.process_time() - start, memory("VmHWM") - before
     return {"peak": peak, "kept": bytes_kept(forward), "seconds": seconds}
 
 
@@ -96,7 +96,7 @@ def _in_fresh_process(options: argparse.Namespace, mode: str, timesteps: int) ->
     return json.loads(done.stdout)
 
 
-def _memory(name: str) -> int:
+def memory(name: str) -> int:
     """A line of this process's status, in bytes: VmRSS what it has in memory, VmHWM the most it ever had."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024

@@ -3,6 +3,7 @@
 Writes what each rank saw to <folder>/<case>_rank<r>.safetensors.
 """
 
+import copy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 from models.amplitudes import spiking_stack
-from pipeline.engine import build_engine, start_world
+from pipeline.engine import build_engine, build_optimizer, start_world
 from pipeline.trainer import Trainer
 from pipeline.world import leave_world
 from tests.distributed import reference
@@ -89,11 +90,39 @@ def count_gathers(model):
     return counts
 
 
+def take_over():
+    """Weights after steps of torch's AdamW alone, and of DeepSpeed's from the middle on, with the state of torch's."""
+    torch.manual_seed(0)
+    twins = [torch.nn.Linear(64, 64)]
+    twins.append(copy.deepcopy(twins[0]))
+    first, second = (
+        build_optimizer(twin, reference.config(stage=stage))
+        for twin, stage in zip(twins, ("2", "2_offload"), strict=True)
+    )
+    for step in range(6):
+        if step == 3:  # as DeepSpeed restores a checkpoint
+            twins[1].load_state_dict(twins[0].state_dict())
+            for ours, theirs in zip(second.param_groups, first.param_groups, strict=True):
+                parameters = ours["params"]
+                ours.clear()
+                ours.update(copy.deepcopy({**theirs, "params": []}), params=parameters)
+            for ours, theirs in zip(twins[1].parameters(), twins[0].parameters(), strict=True):
+                second.state[ours] = copy.deepcopy(first.state[theirs])
+        for twin, optimizer in zip(twins, (first, second), strict=True):
+            gradients = torch.Generator().manual_seed(step)
+            for parameter in twin.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=gradients)
+            optimizer.step()
+    return {"alone": twins[0].weight.detach(), "taken over": twins[1].weight.detach()}
+
+
 def main():
     folder = Path(sys.argv[-1])  # the launcher puts --local_rank first
     world = start_world(timeout_minutes=2)
     for name, (kind, settings) in CASES.items():
         save_file(train(kind, settings, world), folder / f"{name}_rank{world.rank}.safetensors")
+    if world.is_main:
+        save_file(take_over(), folder / "take_over.safetensors")
     leave_world()
 
 

@@ -1,14 +1,15 @@
 """Two ranks under ZeRO 1, 2 and 3, with and without accumulation, against plain torch on one process."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
-from deepspeed.ops.op_builder import CPUAdamBuilder
 from safetensors.torch import load_file
 
 from tests.distributed import reference
 from tests.distributed.equivalence_worker import CASES, CLIP_NORM
-from tests.launcher import launch
+from tests.launcher import launch, run
 
 PERTURBATION = 6e-8
 BF16_PERTURBATION = 2**-9
@@ -18,10 +19,18 @@ FP32 = [name for name in CASES if "bf16" not in name]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What both ranks saw in every case: results[case][rank]."""
-    CPUAdamBuilder().load(verbose=False)  # is compiled on its first use, which takes minutes and no part of the launch
+    compile_cpu_adam()
     folder = tmp_path_factory.mktemp("equivalence")
     launch("tests/distributed/equivalence_worker.py", folder)
-    return {name: [load_file(folder / f"{name}_rank{rank}.safetensors") for rank in (0, 1)] for name in CASES}
+    of_ranks = {name: [load_file(folder / f"{name}_rank{rank}.safetensors") for rank in (0, 1)] for name in CASES}
+    return {**of_ranks, "take_over": load_file(folder / "take_over.safetensors")}
+
+
+def compile_cpu_adam():
+    """DeepSpeed compiles its AdamW for CPUs on first use, which takes minutes: before the launch, under its PATH."""
+    code = "from deepspeed.ops.op_builder import CPUAdamBuilder; from pipeline.build_locks import clear_stale_locks"
+    compiled = run([sys.executable, "-c", f"{code}; clear_stale_locks(); CPUAdamBuilder().load()"], timeout=1200)
+    assert compiled.returncode == 0, compiled.stdout[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +118,12 @@ def test_a_layers_weights_are_gathered_once_a_pass_not_once_a_timestep(results):
     assert gathers.shape == (reference.STEPS, len(names))
     layers = torch.tensor([".layers." in name for name in names])
     assert int(layers.sum()) > 20 and (gathers[:, layers] == 2).all()
+
+
+def test_offload_goes_on_from_the_state_of_torchs_adamw(results):
+    """A run may change its ds_config. Every step moves a weight by about the rate: what is lost of the state shows."""
+    alone, taken_over = results["take_over"].values()
+    torch.testing.assert_close(taken_over, alone, atol=1e-3 * reference.RATE, rtol=0)
 
 
 def test_layer_checkpointing_changes_no_bit(results):
