@@ -186,7 +186,7 @@ class SpikeStack(nn.Module):
         held = [None] * len(self.layers) if cache is None else cache.layers
         for layer, rows, past in zip(self.layers, self._rows(amplitudes), held, strict=True):
             x_TBLD, layer_sums = layer(x_TBLD, rows, mask, counted_BL, calibrate, rotary, cache=past)
-            sums.append(layer_sums)
+            sums.append(layer_sums.to(x_BLD.device))
             if observe:
                 observe(collapse_time(x_TBLD))
         if calibrate:

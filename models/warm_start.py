@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from .amplitudes import spiking_stack
 from .config import NeuronConfig, SpikeLMConfig
@@ -61,12 +62,11 @@ _LLAMA_LAYER_NAMES = {
 _SHAPE_NAMES = {
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "initializer_range"),
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"),
 }
 """What LLaMA's configuration and ours call alike."""
 
-_NEEDED_NAMES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
-_NEEDED_NAMES |= {"rms_norm_eps"}
+_LLAMA_TYPES = ("llama", "mistral")
 
 _LLAMA_HEAD, _LLAMA_WORDS = "lm_head.weight", "model.embed_tokens.weight"
 _LLAMA_UNUSED = ("rotary_emb.inv_freq",)
@@ -86,13 +86,13 @@ class CheckpointTensors(Mapping[str, Tensor]):
             names = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"]
             self._files = {name: folder / file for name, file in names.items()}
         elif (folder / WEIGHTS).is_file():
-            with safe_open(folder / WEIGHTS, framework="pt") as file:
+            with _opened(folder / WEIGHTS) as file:
                 self._files = dict.fromkeys(file.keys(), folder / WEIGHTS)
         else:
             raise ValueError(f"{folder} holds neither {WEIGHTS} nor {WEIGHTS_INDEX}: save the model in safetensors")
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
+        with _opened(self._files[name]) as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -100,6 +100,13 @@ class CheckpointTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}: fetch it again") from error
 
 
 @dataclass
@@ -130,13 +137,15 @@ def load_bert(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartRepor
 
 
 def llama_config(settings: Mapping[str, Any], neuron: NeuronConfig) -> SpikeLMConfig:
-    """Our configuration for the config.json of a LLaMA-shaped model, such as Mistral's, with these neurons.
+    """Our configuration for the config.json of a LLaMA or Mistral, with these neurons.
 
-    Raises ValueError where the model is of another shape, or computes otherwise: other names, biases, wider heads.
+    Raises ValueError where the model is another, or computes otherwise: biases, wider heads, windows of attention.
     """
-    names = _SHAPE_NAMES & settings.keys()
-    if missing := sorted(_NEEDED_NAMES - settings.keys()):
-        raise ValueError(f"config.json has no {', '.join(missing)}: it is of no LLaMA-shaped model")
+    kind = settings.get("model_type")
+    if kind not in _LLAMA_TYPES:
+        # Others have the same names of weights, but scale, offset or leave out what LLaMA does not.
+        raise ValueError(f"config.json has model_type {kind!r}: only {' and '.join(_LLAMA_TYPES)} compute as ours do")
+    settings = AutoConfig.for_model(**settings).to_dict()  # what the file leaves out
     wanted = {
         "attention_bias": (None, False),
         "mlp_bias": (None, False),
@@ -145,12 +154,18 @@ def llama_config(settings: Mapping[str, Any], neuron: NeuronConfig) -> SpikeLMCo
     }
     if faults := [f"{name} {settings[name]}" for name, ours in wanted.items() if settings.get(name) not in ours]:
         raise ValueError(f"config.json asks for {', '.join(faults)}, which our decoder has not")
-    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-    if "rope_theta" in settings:  # where older versions of transformers have it
-        rope.setdefault("rope_theta", settings["rope_theta"])
-    if "type" in rope:
-        rope.setdefault("rope_type", rope.pop("type"))
-    return SpikeLMConfig(family="llama", neuron=neuron, rope_parameters=rope or None, **{n: settings[n] for n in names})
+    shape = {name: settings[name] for name in _SHAPE_NAMES}
+    return SpikeLMConfig(family="llama", neuron=neuron, **shape)
+
+
+def llama_differences(model: SpikeLMConfig, settings: Mapping[str, Any]) -> list[str]:
+    """In what `model` would compute otherwise than the LLaMA of that config.json, beyond the sizes of its weights."""
+    theirs = llama_config(settings, model.neuron)
+    return [
+        f"{name} is {getattr(model, name)!r}, the checkpoint's {getattr(theirs, name)!r}"
+        for name in ("num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters")
+        if getattr(model, name) != getattr(theirs, name)
+    ]
 
 
 def load_llama(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartReport:
@@ -160,6 +175,8 @@ def load_llama(model: nn.Module, tensors: Mapping[str, Tensor]) -> WarmStartRepo
     copied, where shapes do not match, weights are absent, or the checkpoint has weights that ours has no place for:
     without biases of its layers, or with its head tied to the words, it would be another network.
     """
+    if _LLAMA_WORDS not in tensors:
+        raise ValueError(f"this checkpoint has no LLaMA's shape: it lacks {_LLAMA_WORDS}")
     untied = _LLAMA_HEAD in tensors and not torch.equal(tensors[_LLAMA_HEAD], tensors[_LLAMA_WORDS])
     if untied and not any(name == _LLAMA_HEAD for name, _ in model.named_parameters()):
         raise ValueError(f"{_LLAMA_HEAD} differs from {_LLAMA_WORDS}: set the model's tie_word_embeddings to false")

@@ -5,13 +5,11 @@ encoders on the held-out rows, whose masked tokens they are to find.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +23,7 @@ from pipeline.evaluation import (
     Tally,
     bits_per_byte,
     firing_values,
+    perplexity,
     strided_windows,
     tally_batches,
     window_batches,
@@ -32,6 +31,7 @@ from pipeline.evaluation import (
 from pipeline.loader import heldout_batches
 from pipeline.model import open_model
 from pipeline.objectives import MaskedTokens, SpecialTokens
+from pipeline.options import count, usable_device
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -39,15 +39,17 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, run = open_model(options.model, options.shards)
     if options.num_timesteps is not None:
         keep_timesteps(model, options.num_timesteps)
-    model.to(options.device)
+    model.to(usable_device(options.device))
+    if options.shards and options.text:
+        raise ValueError("--shards and --text: give one of them to measure on")
     shards = options.shards or (Path(run.data.shards) if run and not options.text else None)
     if model.config.traits.causal:
-        tally, found = _measure_documents(model, tokenizer, shards, options)
+        tally, found = _measure_documents(model, tokenizer, shards, run, options)
     else:
         tally, found = _measure_rows(model, tokenizer, shards, run, options)
     values = tally.values()
     if (loss := values.get("causal_lm_loss")) is not None:
-        values["perplexity"] = math.exp(min(loss, 700.0))  # fp64 holds no more
+        values["perplexity"] = perplexity(loss)
         values["bits_per_byte"] = bits_per_byte(float(tally.sums[1, 0]), found["bytes"])
     spikes = firing_values(spiking_stack(model).site_names, tally.stats)
     return {
@@ -61,10 +63,15 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_documents(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shards: Path | None, options: argparse.Namespace
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shards: Path | None,
+    run: RunConfig | None,
+    options: argparse.Namespace,
 ) -> tuple[Tally, dict[str, Any]]:
     """Every token of every document but its first, each once."""
-    length = options.window or model.config.max_position_embeddings
+    trained = run.data.sample_length if run else None
+    length = options.window or trained or model.config.max_position_embeddings
     stride = options.stride or max(1, length // 2)
     if not 1 <= stride < length <= model.config.max_position_embeddings:
         raise ValueError(
@@ -79,7 +86,9 @@ def _measure_documents(
         raise ValueError("nothing to measure on: name texts by --text, or a folder of shards by --shards")
     windows = (window for ids in documents for window in strided_windows(ids, length, stride))
     batches = window_batches(
-        tqdm(windows, unit=" windows", file=sys.stderr, mininterval=1), options.batch_size, torch.device(options.device)
+        tqdm(windows, unit=" windows", file=sys.stderr, mininterval=1),
+        options.batch_size,
+        model.device,
     )
     tally = tally_batches(model, batches, ("causal_lm",))
     if not tally.sums[0, 0]:
@@ -107,7 +116,7 @@ def _measure_rows(
     reader = ShardReader(shards / HELDOUT)
     rows = heldout_batches(reader, objective.make_batch, batch_size=options.batch_size)
     batches = (
-        {name: each.to(options.device) for name, each in batch.tensors.items()}
+        {name: each.to(model.device) for name, each in batch.tensors.items()}
         for batch in tqdm(rows, unit=" batches", file=sys.stderr)
     )
     found = {"data": f"held-out rows of {shards}", "documents": manifest.counts[HELDOUT].documents, "rows": len(reader)}
@@ -148,13 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--text", action="append", help="text to measure a decoder on, as data_prep reads it; repeatable"
     )
     parser.add_argument("--text-field", default="text", help="key of the text in a JSON line (default: text)")
-    parser.add_argument("--window", type=int, help="tokens that a decoder sees at once (default: all its positions)")
-    parser.add_argument("--stride", type=int, help="tokens from window to window (default: half a window)")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows or windows at once (default: 16)")
-    parser.add_argument("--num-timesteps", type=int, metavar="T", help="fewer spike timesteps than it was trained with")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if any"
+        "--window", type=count, help="tokens that a decoder sees at once (default: those of its run's samples, or all)"
     )
+    parser.add_argument("--stride", type=count, help="tokens from window to window (default: half a window)")
+    parser.add_argument("--batch-size", type=count, default=16, help="rows or windows at once (default: 16)")
+    parser.add_argument(
+        "--num-timesteps", type=count, metavar="T", help="fewer spike timesteps than it was trained with"
+    )
+    parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measures there, too")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options))

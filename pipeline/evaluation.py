@@ -116,6 +116,14 @@ def window_batches(windows: Iterable[Window], batch_size: int, device: torch.dev
         yield {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
 
 
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token; no more than what fp64 holds."""
+    return math.exp(min(loss, 700.0))
+
+
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Of text of so many bytes (UTF-8) that a model loses so many nats on."""
+    """Of text of so many bytes (UTF-8) that a model loses so many nats on.
+
+    Where no begin of text stands before a document its first token is no target, and costs nothing here.
+    """
     return nats / math.log(2) / num_bytes

@@ -10,10 +10,9 @@ prompts, of all beams, and of rows that wait at their end for longer ones.
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -31,6 +30,7 @@ from models.amplitudes import SpikeStats, keep_timesteps, spiking_stack
 from models.modeling import SpikeLMForCausalLM
 from models.outputs import SpikeLMCausalLMOutput
 from pipeline.model_folder import DTYPES, read_model_folder
+from pipeline.options import bounded, count, positive, usable_device
 
 DEFAULT_NEW_TOKENS = 64
 INTERRUPTED = 130
@@ -103,8 +103,8 @@ class Work:
         return float(sums[..., 2:4].sum() / (sums[0, 0, 1] / self.width)) if len(sums) else None
 
 
-def open_model(
-    folder: Path, *, dtype: str | None = None, device: str = "cpu", num_timesteps: int | None = None
+def open_decoder(
+    folder: Path, *, dtype: str | None = None, device: str | None = None, num_timesteps: int | None = None
 ) -> tuple[SpikeLMForCausalLM, PreTrainedTokenizerBase]:
     """The decoder in `folder` and its tokenizer. No code of the folder is run, and nothing is fetched.
 
@@ -123,16 +123,7 @@ def open_model(
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     if num_timesteps is not None:
         keep_timesteps(model, num_timesteps)
-    return model.to(_device(device)).eval(), tokenizer
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}: use another, as cpu or cuda") from error
-    return device
+    return model.to(usable_device(device)).eval(), tokenizer
 
 
 def read_prompts(path: Path, field: str) -> list[str]:
@@ -302,9 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.generate", description=__doc__.partition("\n")[0])
-    add, count = parser.add_argument, _number(int, lambda value: value >= 1, "a whole number from 1 on")
-    share = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
-    positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+    add = parser.add_argument
+    share = bounded(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
     add("model", type=Path, help="a decoder's folder, as exported/decoder")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="a text to go on from; what follows is shown as it comes")
@@ -317,25 +307,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--top-k", type=count, metavar="N", help="sample from so many of the most probable tokens")
     add("--num-beams", type=count, default=1, metavar="N", help="search so many texts at once (default: 1)")
     add("--num-return-sequences", type=count, default=1, metavar="N", help="texts for each prompt (default: 1)")
-    add("--seed", type=_number(int, lambda value: value >= 0, "a whole number from 0 on"), help="(default: 0)")
+    add("--seed", type=bounded(int, lambda value: value >= 0, "a whole number from 0 on"), help="(default: 0)")
     add("--batch-size", type=count, metavar="N", help="prompts in a batch (default: 8)")
     add("--num-timesteps", type=count, metavar="T", help="use the model's first timesteps alone (default: all)")
     add("--dtype", choices=DTYPES, help="type of the weights (default: as they are)")
     add("--device", help="(default: cuda where there is one, else cpu)")
     return parser.parse_args(arguments)
-
-
-def _number(kind: type, holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return parse
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -345,7 +322,7 @@ def _run(options: argparse.Namespace) -> None:
     prompts = [options.prompt] if single else read_prompts(options.prompts, options.field or "prompt")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = open_model(
+    model, tokenizer = open_decoder(
         options.model, dtype=options.dtype, device=device, num_timesteps=options.num_timesteps
     )
     encoded = encode_prompts(tokenizer, prompts, model.config.max_position_embeddings)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
+from data_prep.files import read_json
 from data_prep.manifest import Manifest
 from data_prep.recipes import settings_from_dict
 from data_prep.tokenization import vocabulary_size
@@ -20,7 +21,7 @@ from models.modeling import (
     SpikeLMForPreTraining,
     SpikeLMPreTrainedModel,
 )
-from models.warm_start import CheckpointTensors, load_bert, load_llama
+from models.warm_start import CheckpointTensors, llama_differences, load_bert, load_llama
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
 from pipeline.config import RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_tokenizer
@@ -44,9 +45,16 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     if not config.model.warm_start:
         return model, []
     load = load_llama if model.config.traits.causal else load_bert
+    _refuse_other_llama(model.config, Path(config.model.warm_start) / CONFIG_NAME)
     report = load(model, CheckpointTensors(config.model.warm_start))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     return model, [f"{', '.join(names)} {what}" for what, names in parts.items() if names] + report.remarks
+
+
+def _refuse_other_llama(config: SpikeLMConfig, settings: Path) -> None:
+    """ValueError where a decoder would compute otherwise than the checkpoint whose config.json lies there."""
+    if config.traits.causal and settings.is_file() and (faults := llama_differences(config, read_json(settings))):
+        raise ValueError(f"model.warm_start: {'; '.join(faults)}: set model.overrides to the checkpoint's")
 
 
 def draw_weights(model: PreTrainedModel, finish: Callable[[nn.Module], None] | None = None) -> None:
@@ -120,7 +128,7 @@ def open_model(
 
     Args:
         given: an exported folder, or what resolve_checkpoint takes.
-        shards: where the shards of a run lie now, if not where its recipe says.
+        shards: where the shards of a run may lie, if not where its recipe says.
 
     Raises ValueError where there is no such model; CheckpointError for a damaged one.
     """
@@ -128,7 +136,8 @@ def open_model(
         checkpoint = resolve_checkpoint(given)
         state = read_state(checkpoint)
         config = settings_from_dict(RunConfig, state.recipe)
-        _, tokenizer = open_data(shards or Path(config.data.shards), state)
+        own = Path(config.data.shards)
+        _, tokenizer = open_data(own if own.is_dir() else shards or own, state)
         return trained_model(config, tokenizer, checkpoint), tokenizer, config
     return *read_model_folder(given), None
 

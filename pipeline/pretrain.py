@@ -1,4 +1,4 @@
-"""Pretrain a SpikeLM encoder: `deepspeed --hostfile launch/hosts pipeline/pretrain.py [--recipe FILE] [--field VALUE]`.
+"""Pretrain a SpikeLM: `deepspeed --hostfile launch/hosts pipeline/pretrain.py [--recipe FILE] [--field VALUE]`.
 
 `--help` explains every field of a recipe; without --recipe the demonstration is trained, launch/recipes/demo.yaml. The
 same command again resumes where the run stands. Exit codes: pipeline/ending.py.

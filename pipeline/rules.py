@@ -154,6 +154,10 @@ def _ds_config_faults(path: str) -> Iterator[str]:
         elif key not in MECHANICS:
             yield f"engine.ds_config: {path!r} has the unknown key {key}: {_nearest(key, MECHANICS)}"
     zero = mechanics.get("zero_optimization")
+    for name in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, dict) and not isinstance(zero.get(name, {}), dict):
+            what = f"zero_optimization.{name} {json.dumps(zero[name])}"
+            yield f'engine.ds_config: {path!r} has {what}, which is no object: write {{"device": "cpu"}}'
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (1, 2, 3):  # true is no 1
         yield f"engine.ds_config: {path!r} has zero_optimization.stage {stage!r}: use 1, 2 or 3"

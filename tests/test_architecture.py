@@ -34,7 +34,7 @@ RUNNING_PARTS = {
         "loader",
         "metrics",
     ),
-    *("documents", "evaluation", "world", "ending", "stopping", "build_locks"),
+    *("documents", "evaluation", "options", "world", "ending", "stopping", "build_locks"),
 }
 FOUNDATIONS = {"order", "mixing", "objectives", "config", "rules"}
 SHARED_BY_DATA_PREP = {

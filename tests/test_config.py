@@ -286,6 +286,10 @@ def test_missing_file():
         ('{"zero_optimization": {"stage": true}}', "stage True: use 1, 2 or 3"),
         ("[" * 100_000, "cannot be read: "),
         (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
+            'offload_optimizer "cpu", which is no object',
+        ),
+        (
             '{"zero_optimization": {"stage": 2}, "activation_checkpointing": {"partition_activations": true}}',
             "sets activation_checkpointing, which cannot serve here: DeepSpeed's own checkpointing is reentrant and "
             "reduces a gradient twice where one weight serves several timesteps, and its partition_activations "

@@ -1,14 +1,15 @@
 """python -m pipeline.convert: a LLaMA becomes a spiking model, and is told what that costs."""
 
 import json
+import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, GemmaConfig, LlamaConfig, LlamaForCausalLM
 
 from data_prep.tokenization import load_tokenizer
 from models.config import NeuronConfig
-from models.warm_start import llama_config
+from models.warm_start import llama_config, llama_differences
 from pipeline.convert import main
 from pipeline.documents import text_documents
 
@@ -63,11 +64,12 @@ def test_the_card_tells_the_losses_before_and_after(llama, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (BertConfig().to_dict(), "config.json has no rms_norm_eps: it is of no LLaMA-shaped model"),
+        (BertConfig().to_dict(), "config.json has model_type 'bert': only llama and mistral compute as ours do"),
+        (GemmaConfig(**SHAPE).to_dict(), "config.json has model_type 'gemma'"),  # weights of the same names
         ({**LlamaConfig(**SHAPE).to_dict(), "attention_bias": True}, "asks for attention_bias True, which our decoder"),
         ({**LlamaConfig(**SHAPE).to_dict(), "head_dim": 16}, "asks for head_dim 16"),
     ],
-    ids=["bert", "bias", "wide heads"],
+    ids=["bert", "gemma", "bias", "wide heads"],
 )
 def test_other_models_are_refused(settings, message, llama, capsys):
     (llama / "llama" / "config.json").write_text(json.dumps(settings))
@@ -87,3 +89,45 @@ def test_rotations_are_those_of_older_configurations_too():
     del old["rope_parameters"]
     rope = llama_config(old, NeuronConfig()).rope_parameters
     assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (500.0, "linear", 2.0)
+
+
+def test_what_a_configuration_leaves_out_is_llamas_not_ours():
+    left_out = llama_config({"model_type": "llama", **SHAPE}, NeuronConfig())
+    theirs = LlamaConfig(**SHAPE)
+    for name in ("tie_word_embeddings", "pad_token_id", "max_position_embeddings", "rms_norm_eps", "vocab_size"):
+        assert getattr(left_out, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm_eps": 1e-5}, r"rms_norm_eps is 1e-06, the checkpoint's 1e-05"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 2, the checkpoint's 4"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters is .*500000.0"),
+    ],
+)
+def test_a_decoder_that_would_compute_otherwise_than_its_checkpoint_is_told(changes, message):
+    ours = llama_config(LlamaConfig(**SHAPE).to_dict(), NeuronConfig())
+    assert llama_differences(ours, LlamaConfig(**SHAPE).to_dict()) == []
+    (found,) = llama_differences(ours, LlamaConfig(**{**SHAPE, **changes}).to_dict())
+    assert re.search(message, found)
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--windows", "--num-timesteps", "--window"])
+def test_numbers_that_cannot_be_are_refused_at_once(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(tmp_path), str(tmp_path / "new"), "--text", "x", option, "0"])
+    assert exit_.value.code == 2 and "'0' is not a whole number" in capsys.readouterr().err
+
+
+def test_torn_weights_and_foreign_tokenizers_are_refused(llama, causal_shards, capsys):
+    weights = llama / "llama" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    assert convert(llama) == 2
+    assert "is no whole safetensors file" in capsys.readouterr().err
+    weights.write_bytes(whole)
+    settings = json.loads((llama / "llama" / "config.json").read_text())
+    (llama / "llama" / "config.json").write_text(json.dumps({**settings, "vocab_size": 300}))
+    assert convert(llama) == 2
+    assert "the tokenizer has 512 ids, the model 300" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from models.auto import save_with_code
 from models.config import SpikeLMConfig
 from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM
 from pipeline import generate
-from pipeline.generate import Search, batches_by_length, complete, encode_prompts, main, open_model, text_behind
+from pipeline.generate import Search, batches_by_length, complete, encode_prompts, main, open_decoder, text_behind
 from tests.tiny import make_model
 
 POSITIONS = 48
@@ -65,7 +65,7 @@ def expected_ids(model, encoded, **options):
 
 
 def test_one_prompts_text_is_shown_as_it_comes(decoder, monkeypatch, capsys):
-    model, tokenizer = open_model(decoder)
+    model, tokenizer = open_decoder(decoder)
     encoded = {prompt: tokenizer(prompt)["input_ids"] for prompt in PROMPTS}
     assert all(ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids for ids in encoded.values())
     longest, forwards, shown = {}, [], []
@@ -100,7 +100,7 @@ def test_a_file_becomes_json_lines_in_its_order(decoder, tmp_path, capsys):
     records = run_file(decoder, tmp_path, "--batch-size", "2", "--max-new-tokens", "20")
     told = capsys.readouterr().err
     assert [record["prompt"] for record in records] == PROMPTS
-    model, tokenizer = open_model(decoder)
+    model, tokenizer = open_decoder(decoder)
     encoded = encode_prompts(tokenizer, PROMPTS, POSITIONS)
     batches = batches_by_length(encoded, 2)
     lengths = [[len(encoded[number]) for number in batch] for batch in batches]
@@ -116,7 +116,7 @@ def test_a_file_becomes_json_lines_in_its_order(decoder, tmp_path, capsys):
 
 
 def test_a_text_goes_on_exactly_where_its_prompt_ends(decoder):
-    _, tokenizer = open_model(decoder)
+    _, tokenizer = open_decoder(decoder)
     ids = tokenizer("The old river holds")["input_ids"]
     assert text_behind(tokenizer, ids[:3], ids[3:]) == "The old river holds"[len(tokenizer.decode(ids[1:3])) :]
     for cut in range(1, len(ids) + 1):
@@ -127,7 +127,7 @@ def test_a_text_goes_on_exactly_where_its_prompt_ends(decoder):
 @pytest.mark.parametrize("lines", [PROMPTS[:1], PROMPTS[:3]], ids=["one", "three"])
 def test_spikes_per_token_are_those_of_every_token_seen(decoder, tmp_path, lines):
     (record, *_) = run_file(decoder, tmp_path, "--max-new-tokens", "12", "--batch-size", "3", lines=lines)
-    model, tokenizer = open_model(decoder)
+    model, tokenizer = open_decoder(decoder)
     encoded = [tokenizer(line)["input_ids"] for line in lines]
     length = max(map(len, encoded))
     rows = torch.tensor([[0] * (length - len(ids)) + ids for ids in encoded])
@@ -172,7 +172,7 @@ def test_beams_give_the_best_texts_of_each_prompt(decoder, tmp_path, capsys):
     options = ["--num-beams", "3", "--num-return-sequences", "2", "--max-new-tokens", "9"]
     records = run_file(decoder, tmp_path, *options, "--batch-size", "9")
     assert [record["prompt"] for record in records] == [prompt for prompt in PROMPTS for _ in range(2)]
-    model, tokenizer = open_model(decoder)
+    model, tokenizer = open_decoder(decoder)
     encoded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     order = batches_by_length(encoded, 9)[0]
     new = expected_ids(model, [encoded[n] for n in order], num_beams=3, num_return_sequences=2, max_new_tokens=9)
@@ -200,7 +200,7 @@ def test_prompts_come_from_a_field_of_json_lines(decoder, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
 def test_the_weights_have_the_type_asked_for(decoder, damaged, dtype):
     SpikeLMForCausalLM.from_pretrained(decoder).to(torch.bfloat16).save_pretrained(damaged)
-    model, tokenizer = open_model(damaged, dtype=dtype)
+    model, tokenizer = open_decoder(damaged, dtype=dtype)
     assert model.dtype == getattr(torch, dtype or "bfloat16") and not model.training
     assert model.model.stack.amplitudes.dtype == torch.float32
     (((new,),), work) = complete(model, [tokenizer("The")["input_ids"]], Search(max_new_tokens=4))
@@ -208,8 +208,8 @@ def test_the_weights_have_the_type_asked_for(decoder, damaged, dtype):
 
 
 def test_fewer_timesteps_are_the_first_ones(decoder, tmp_path):
-    model, _ = open_model(decoder, num_timesteps=2)
-    whole, _ = open_model(decoder)
+    model, _ = open_decoder(decoder, num_timesteps=2)
+    whole, _ = open_decoder(decoder)
     assert model.config.num_timesteps == 2 and whole.config.num_timesteps == 4
     assert torch.equal(model.model.stack.amplitudes, whole.model.stack.amplitudes[:, :2])
     half, full = (run_file(decoder, tmp_path, *options) for options in (["--num-timesteps", "2"], []))
