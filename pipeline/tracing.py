@@ -1,7 +1,7 @@
 """How many bytes a training pass holds, by phase: counted on tensors that have no memory (torch's meta device).
 
-The model's own code runs, forward and backward, so that nothing here repeats what it keeps. Two things are not as the
-device has them: kernels, which are given by the kind of device, and which positions count, of which the number is given.
+The model's own code runs, forward and backward, so that nothing here repeats what it keeps. Two things stand in for what
+only a device knows: kernels, which are those of a kind of device, and which positions count, of which a number is given.
 
 Legend: B batch, L tokens, D width, H heads, V vocabulary, N positions that count, T spike timesteps.
 """
@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -29,11 +29,12 @@ DeviceKind = Literal["gpu", "cpu"]
 class LiveBytes(TorchDispatchMode):
     """While it is active, counts the bytes of all storages that operators make, from when they are made to their end.
 
-    Memory that an operator takes and frees within itself is not seen.
+    Only those on devices of type `device` count. Memory that an operator takes and frees within itself is not seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device
         self.live = 0
         self.peak = 0
         self._sizes: dict[weakref.ref, int] = {}
@@ -53,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
                 self._count(tensor.untyped_storage())
         return result
 
@@ -135,9 +136,9 @@ class CountedPositions(TorchDispatchMode):
 class PassBytes:
     """What a forward and backward holds over weights, batch included: bytes.
 
-    Of gradients only those that are being made are counted; `kept` lives behind the layers' forward, the others are
-    peaks: of the layers' forward; of the head, forward and backward; of the layers' backward; and of what is behind
-    that, the embeddings' backward.
+    Of gradients only those that are being made are counted. `kept` lives behind the layers' forward, `last_layer` of it
+    since the layer before the last; the others are peaks: of the layers' forward; of the head, forward and backward; of
+    the layers' backward; and of what is behind that, the embeddings' backward.
     """
 
     kept: float
@@ -145,15 +146,20 @@ class PassBytes:
     head: float
     backward: float
     embeddings: float
+    last_layer: float
 
     @property
     def peak(self) -> float:
         return max(self.forward, self.head, self.backward, self.embeddings)
 
-    def with_layers(self, more: PassBytes, layers: int) -> PassBytes:
-        """This figure of some layers continued by so many, of which each adds what `more`, of one layer more, has."""
-        each = {item.name: getattr(more, item.name) - getattr(self, item.name) for item in fields(self)}
-        return PassBytes(**{name: getattr(self, name) + layers * value for name, value in each.items()})
+    def with_layers(self, more: int) -> PassBytes:
+        """The same with so many layers more, each of which keeps what the last one does.
+
+        All peaks but the last fall where everything is kept; there nothing of the layers is left.
+        """
+        kept = more * self.last_layer
+        peaks = {name: getattr(self, name) + kept for name in ("kept", "forward", "head", "backward")}
+        return replace(self, **peaks)
 
 
 def trace_pass(
@@ -170,7 +176,7 @@ def trace_pass(
     stack = spiking_stack(model)
     stack.calibrated = torch.tensor(True)  # read by the model, and so in real memory
     model.train()
-    live, marks = LiveBytes(), {}
+    live, marks, behind_layers = LiveBytes("meta"), {}, [0, 0]
     live.ignore(tensor for tensor in (*model.parameters(), *model.buffers()))
 
     def leave(parameter: nn.Parameter) -> None:
@@ -192,6 +198,7 @@ def trace_pass(
 
     hooks = [parameter.register_post_accumulate_grad_hook(leave) for parameter in model.parameters()]
     hooks += [stack.register_forward_hook(behind_stack)]
+    hooks += [layer.register_forward_hook(lambda *_: behind_layers.append(live.live)) for layer in stack.layers]
     hooks += [model.model.embeddings.register_forward_hook(behind_embeddings)]
     with kernels_of(device), CountedPositions(counted), live:
         output = model(**{name: tensor.clone() for name, tensor in batch.items()})
@@ -200,4 +207,4 @@ def trace_pass(
         mark("embeddings")()
     for hook in hooks:
         hook.remove()
-    return PassBytes(**marks)
+    return PassBytes(**marks, last_layer=behind_layers[-1] - behind_layers[-2])

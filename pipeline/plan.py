@@ -1,0 +1,299 @@
+"""Say what a recipe needs before there is a device: memory, days, and what to change where it does not fit.
+
+    python -m pipeline.plan --recipe launch/recipes/encoder-base.yaml --memory 80 --nodes 1 --devices 8
+
+Takes every option of pipeline.pretrain as well. Vocabulary and sample length are those of the shards, where they exist.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_prep.manifest import MANIFEST_NAME, Manifest
+from data_prep.recipes import run_command
+from pipeline.config import RunConfig, load_run_config, zero_stage
+from pipeline.footprint import (
+    Cluster,
+    Data,
+    Footprint,
+    changed,
+    count_parameters,
+    empty_model,
+    footprint,
+    pass_bytes,
+    step_work,
+)
+
+GIB = 2**30
+DAY = 24 * 60 * 60
+TIMESTEPS = (1, 2, 4, 8)
+MODES = ("none", "layer", "timestep")
+MOST_NODES = 2**14
+
+RESERVES = {"gpu": 2.0, "cpu": 0.6}
+"""GiB of a device that libraries take: on a GPU the context, communication and what falls between allocations."""
+
+MOMENTS = {
+    "forward": "forward",
+    "head": "head, loss",
+    "backward": "backward",
+    "end": "end of it",
+    "step": "step",
+}
+
+PARTS = {
+    "weights": "weights",
+    "gathered": "weights gathered by ZeRO-3",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "buckets": "buckets of gradients",
+    "activations": "activations",
+    "logits": "logits and their gradient",
+    "libraries": "libraries (assumed)",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A way to need less memory: the changed settings, as options of the command line, and what they cost."""
+
+    config: RunConfig
+    options: tuple[str, ...]
+    costs: tuple[str, ...]
+
+    def by(self, section: str, option: str, value: str | int, cost: str) -> "Change":
+        """This change and one more."""
+        config = changed(self.config, section, **{option: value})
+        return Change(config, (*self.options, f"--{section}.{option} {value}"), (*self.costs, cost))
+
+
+def find_data(config: RunConfig, vocab_size: int | None, sample_length: int | None) -> Data:
+    """Vocabulary and sample length: those given, else the recipe's, else those of its shards.
+
+    Raises ValueError where nothing tells them, and where the model has too few positions.
+    """
+    root = Path(config.data.shards)
+    manifest = Manifest.load(root) if (root / MANIFEST_NAME).exists() else None
+    ids = vocab_size or config.model.overrides.get("vocab_size") or (manifest and manifest.vocab_size)
+    length = sample_length or config.data.sample_length or (manifest and manifest.row_length)
+    missing = [option for option, value in (("--vocab-size", ids), ("--sample-length", length)) if not value]
+    if missing:
+        raise ValueError(
+            f"data.shards {config.data.shards} holds no {MANIFEST_NAME} yet, and nothing else says how large vocabulary "
+            f"and samples are: give {' and '.join(f'{option} NUMBER' for option in missing)}, or build the shards"
+        )
+    positions = empty_model(config, ids).config.max_position_embeddings
+    if positions < length:
+        raise ValueError(
+            f"samples of {length} tokens, but the model has {positions} positions: raise "
+            "model.overrides.max_position_embeddings, or use shorter samples"
+        )
+    return Data(ids, length)
+
+
+def changes(config: RunConfig) -> Iterator[Change]:
+    """Ways to need less memory, the cheapest first: what each costs comes on top of what those before it cost."""
+    for placed in _placements(Change(config, (), ())):
+        for smaller in _micro_batches(placed):
+            yield from _modes(smaller)
+
+
+def _placements(change: Change) -> Iterator[Change]:
+    yield change
+    stage = zero_stage(change.config)
+    for name, least, cost in (
+        ("zero3", 3, "weights are gathered for every pass"),
+        ("zero2_offload", 2, "the optimizer runs on the host's cores"),
+        ("zero3_offload", 3, "weights travel from the host, where the optimizer runs"),
+    ):
+        if stage < least or (name.endswith("offload") and least == stage):
+            yield change.by("engine", "ds_config", f"ds_configs/{name}.json", cost)
+
+
+def _micro_batches(change: Change) -> Iterator[Change]:
+    yield change
+    size = change.config.training.micro_batch_size
+    while size > 1 and size % 2 == 0:
+        size //= 2
+        yield change.by("training", "micro_batch_size", size, "more, smaller micro-batches")
+
+
+def _modes(change: Change) -> Iterator[Change]:
+    yield change
+    mode, timesteps = change.config.engine.checkpointing, change.config.model.neuron.num_timesteps
+    if mode == "none":
+        yield change.by("engine", "checkpointing", "layer", "a second forward of the layers")
+    if mode != "timestep" and timesteps > 1:
+        yield change.by("engine", "checkpointing", "timestep", "a second and a third forward of the layers")
+
+
+def cheapest_fit(config: RunConfig, data: Data, cluster: Cluster) -> tuple[Change, Footprint] | None:
+    """The first of `changes` with which the run fits, and what it then needs; None where none helps."""
+    for change in changes(config):
+        needed = footprint(change.config, data, cluster)
+        if needed.peak <= cluster.memory:
+            return change, needed
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, whether it fits or not; 2 for a recipe that cannot be planned."""
+    options, rest = _parser().parse_known_args(arguments)
+    return run_command(lambda: _run(options, rest))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.plan",
+        description=__doc__.partition("\n")[0],
+        epilog="Every field of a recipe may be given as well: deepspeed pipeline/pretrain.py --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--memory", type=float, required=True, metavar="GIB", help="memory of a device")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    parser.add_argument("--devices", type=int, default=8, help="devices of a machine (default: 8)")
+    parser.add_argument("--kind", choices=RESERVES, default="gpu", help="what the devices are (default: gpu)")
+    parser.add_argument("--reserve", type=float, metavar="GIB", help="memory of a device that libraries take")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989, help="a device's peak (default: 989, an H100 in bf16)"
+    )
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
+    parser.add_argument("--vocab-size", type=int, help="ids of the tokenizer (default: of the shards)")
+    parser.add_argument("--sample-length", type=int, help="tokens of a sample (default: of the shards)")
+    return parser
+
+
+def _run(options: argparse.Namespace, recipe: Sequence[str]) -> None:
+    config = load_run_config(recipe)
+    data = find_data(config, options.vocab_size, options.sample_length)
+    reserve = RESERVES[options.kind] if options.reserve is None else options.reserve
+    cluster = Cluster(options.nodes, options.devices, options.memory * GIB, reserve * GIB, options.kind)
+    print("\n\n".join(describe(config, data, cluster, options.peak_tflops * 1e12 * options.mfu)))
+
+
+def describe(config: RunConfig, data: Data, cluster: Cluster, flops_per_second: float) -> Iterator[str]:
+    """Paragraphs: the run, its memory, the verdict, activations by checkpointing and T, operations and days."""
+    needed = footprint(config, data, cluster)
+    yield _describe_run(config, data, cluster)
+    yield _describe_memory(needed, cluster)
+    yield _describe_verdict(config, data, cluster, needed)
+    yield _describe_activations(config, data, cluster)
+    yield _describe_work(config, data, cluster, flops_per_second)
+
+
+def _describe_run(config: RunConfig, data: Data, cluster: Cluster) -> str:
+    model, training = empty_model(config, data.vocab_size), config.training
+    shape = model.config
+    devices = f"{cluster.nodes} x {cluster.devices} devices" if cluster.nodes > 1 else f"{cluster.devices} device(s)"
+    return (
+        f"{config.name}: {config.model.preset}, {_count(count_parameters(model))} parameters "
+        f"({shape.num_hidden_layers} layers, D={shape.hidden_size}, V={data.vocab_size}), T={shape.num_timesteps}\n"
+        f"{training.global_batch_size} rows of {data.sample_length} tokens a step, {training.micro_batch_size} at once "
+        f"on each of {devices}; {config.engine.precision}, {config.engine.ds_config}, "
+        f"checkpointing {config.engine.checkpointing}"
+    )
+
+
+def _describe_memory(needed: Footprint, cluster: Cluster) -> str:
+    rows = []
+    for part, label in PARTS.items():
+        sizes = [parts.get(part, 0) for parts in needed.moments.values()]
+        if any(sizes):
+            rows.append([label, *map(_gib, sizes)])
+    rows.append(["together", *map(_gib, needed.totals.values())])
+    lines = _table(["GiB on a device", *(MOMENTS[moment] for moment in needed.moments)], rows)
+    if needed.host:
+        parts = ", ".join(f"{PARTS[part]} {_gib(size * cluster.devices)}" for part, size in needed.host.items())
+        total = _gib(sum(needed.host.values()) * cluster.devices)
+        lines += f"\nand in the memory of each machine {total} GiB: {parts}"
+    return lines
+
+
+def _describe_verdict(config: RunConfig, data: Data, cluster: Cluster, needed: Footprint) -> str:
+    spare = cluster.memory - needed.peak
+    if spare >= 0:
+        return f"It fits: {_gib(needed.peak)} of {_gib(cluster.memory)} GiB at the peak, {_gib(spare)} to spare."
+    verdict = f"It does not fit: {_gib(needed.peak)} GiB at the peak, {_gib(-spare)} more than {_gib(cluster.memory)}."
+    found = cheapest_fit(config, data, cluster)
+    if found:
+        change, less = found
+        return (
+            f"{verdict}\nThe cheapest change: {' '.join(change.options)}\n"
+            f"makes it {_gib(less.peak)} GiB at the peak, for: {'; '.join(change.costs)}."
+        )
+    *_, last = changes(config)
+    for nodes in _doubled(cluster.nodes):
+        more = replace(cluster, nodes=nodes)
+        try:
+            least = footprint(last.config, data, more).peak
+        except ValueError:
+            break
+        if least <= cluster.memory:
+            return (
+                f"{verdict}\nOn these devices no setting makes it fit. On {more.size} devices it does, {_gib(least)} "
+                f"GiB at the peak: {' '.join(last.options)}"
+            )
+    return f"{verdict}\nNeither a setting nor more devices make it fit: use a smaller model, or shorter samples."
+
+
+def _doubled(nodes: int) -> Iterator[int]:
+    while nodes < MOST_NODES:
+        nodes *= 2
+        yield nodes
+
+
+def _describe_activations(config: RunConfig, data: Data, cluster: Cluster) -> str:
+    neuron = config.model.neuron
+    timesteps = (1,) if neuron.kind == "none" else TIMESTEPS
+    rows = []
+    for mode in MODES:
+        row = [mode]
+        for T in timesteps:
+            engine = replace(config.engine, checkpointing=mode, checkpointing_timesteps=1)
+            model = replace(config.model, neuron=replace(neuron, num_timesteps=T))
+            row.append(_gib(pass_bytes(replace(config, engine=engine, model=model), data, cluster.kind).peak))
+        rows.append(row)
+    columns = ["activations, GiB, by checkpointing", *(f"T={T}" for T in timesteps)]
+    return _table(columns, rows)
+
+
+def _describe_work(config: RunConfig, data: Data, cluster: Cluster, flops_per_second: float) -> str:
+    work, steps = step_work(config, data), config.training.total_steps
+    tokens = steps * config.training.global_batch_size * data.sample_length
+    days = work.total * steps / (cluster.size * flops_per_second) / DAY
+    shares = {
+        "layers": work.layers,
+        "attention": work.attention,
+        "recomputed by checkpointing": work.recomputed,
+        "head": work.head,
+    }
+    parts = ", ".join(f"{name} {share / work.total:.0%}" for name, share in shares.items() if share)
+    return (
+        f"{_count(tokens)} tokens in {steps:,} steps: {work.total * steps:.3g} operations ({parts}),\n"
+        f"{days:.3g} days at {flops_per_second / 1e12:.0f} TFLOP/s on each of {cluster.size} device(s)"
+    )
+
+
+def _count(number: float) -> str:
+    scale, unit = next((scale, unit) for scale, unit in ((1e9, "B"), (1e6, "M"), (0, "")) if number >= scale)
+    return f"{number / scale:.4g} {unit}" if scale else f"{number:,.0f}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *rest])
+
+    return "\n".join(map(line, (columns, *rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
