@@ -234,41 +234,32 @@ class _Partitioned:
         """Stages 1 and 2: whole weights; optimizer and (2) gradients partitioned."""
         width, share, whole = self.width, self.share, self.sizes.total * self.width
         bucket = self._bucket_size() * width * (2 if self.zero.get("overlap_comm", False) else 1)
-        standing, reduction = {"weights": whole}, {"gradients": share * width}
-        if self.zero["stage"] == 1:  # whole gradients, and the bucket, wait for the last micro-batch
-            waiting = {"gradients": whole, "buckets": bucket}
-        else:
-            waiting = dict(reduction)
-        backward = {"buckets": bucket + self._flattened()}
-        host: Parts = {}
         if self._offloads("offload_optimizer"):
-            spare = self.sizes.largest * width
-            standing["buckets"] = spare
+            spare = self.sizes.largest * width  # through which gradients go, on both sides
+            device = {"weights": whole, "buckets": spare}
             host = {
-                "optimizer": share * (MASTER + MOMENTS),
-                "gradients": share * (MASTER + (width if self.accumulates else 0)) + spare,
                 "weights": share * width,
+                "gradients": share * (MASTER + (width if self.accumulates else 0)) + spare,
+                "optimizer": share * (MASTER + MOMENTS),
             }
-            waiting, reduction, step = {}, {}, dict(standing)
-        else:
-            standing["optimizer"] = share * (MASTER + MOMENTS)
-            step = _sum(standing, reduction, self._step_space(share))
+            return States(device, {"buckets": bucket + self._flattened()}, {}, device, host)
+        device = {"weights": whole, "optimizer": share * (MASTER + MOMENTS)}
+        reduced = {"gradients": share * width}
+        step = _sum(device, reduced, self._step_space(share))
+        if self.zero["stage"] == 2:
+            standing = _sum(device, reduced) if self.accumulates else device
+            return States(standing, {"buckets": bucket + self._flattened()}, reduced, step, {})
+        unreduced = {"gradients": whole, "buckets": bucket}  # wait for the last micro-batch, and so does the bucket
+        copied = {"buckets": self._flattened()}
         if self.accumulates:
-            standing = _sum(standing, waiting)
-        if self.zero["stage"] == 1:
-            backward, reduction = (
-                ({"buckets": self._flattened()}, reduction)
-                if self.accumulates
-                else (backward, _sum(reduction, {"gradients": whole}))
-            )
-        return States(standing, backward, reduction, step, host)
+            return States(_sum(device, unreduced), copied, reduced, step, {})
+        return States(device, {"buckets": bucket}, _sum(copied, reduced, {"gradients": whole}), step, {})
 
     def weights_too(self) -> States:
         """Stage 3: all partitioned; weights are gathered for a layer's passes."""
         width, share = self.width, self.share
         optimizer_offloaded, weights_offloaded = self._offloads("offload_optimizer"), self._offloads("offload_param")
-        device: Parts = {"buckets": self._bucket_size() * width}
-        host: Parts = {}
+        device, host = {"buckets": self._bucket_size() * width}, {}
         (host if weights_offloaded else device)["weights"] = share * width
         (host if optimizer_offloaded else device)["gradients"] = share * width
         (host if optimizer_offloaded else device)["optimizer"] = share * (MASTER + MOMENTS)
@@ -285,8 +276,8 @@ class _Partitioned:
         return {"gradients": weights * MASTER, "optimizer": weights * STEP_SPACE[self.cluster.kind]}
 
     def _gathered(self, weights_offloaded: bool) -> float:
-        """Weights that are whole on the device in a pass. A process of its own uses its partition as it is."""
-        if self.cluster.size == 1 and not weights_offloaded:
+        """Weights that are whole on the device in a pass. A process of its own uses what it has there as it is."""
+        if self.cluster.size == 1 and (self.cluster.kind == "cpu" or not weights_offloaded):
             return 0
         limit = self.zero.get("stage3_max_live_parameters", 1e9)
         return self.width * min(self.sizes.total, max(limit, self.sizes.block))

@@ -81,8 +81,8 @@ def find_data(config: RunConfig, vocab_size: int | None, sample_length: int | No
     missing = [option for option, value in (("--vocab-size", ids), ("--sample-length", length)) if not value]
     if missing:
         raise ValueError(
-            f"data.shards {config.data.shards} holds no {MANIFEST_NAME} yet, and nothing else says how large vocabulary "
-            f"and samples are: give {' and '.join(f'{option} NUMBER' for option in missing)}, or build the shards"
+            f"data.shards {config.data.shards} holds no {MANIFEST_NAME} yet, and nothing else says how large its "
+            f"vocabulary and samples are: give {' and '.join(f'{option} NUMBER' for option in missing)}, or build the shards"
         )
     positions = empty_model(config, ids).config.max_position_embeddings
     if positions < length:
@@ -156,9 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", type=int, default=8, help="devices of a machine (default: 8)")
     parser.add_argument("--kind", choices=RESERVES, default="gpu", help="what the devices are (default: gpu)")
     parser.add_argument("--reserve", type=float, metavar="GIB", help="memory of a device that libraries take")
-    parser.add_argument(
-        "--peak-tflops", type=float, default=989, help="a device's peak (default: 989, an H100 in bf16)"
-    )
+    parser.add_argument("--peak-tflops", type=float, default=989, help="a device's peak (default: 989, H100, bf16)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
     parser.add_argument("--vocab-size", type=int, help="ids of the tokenizer (default: of the shards)")
     parser.add_argument("--sample-length", type=int, help="tokens of a sample (default: of the shards)")

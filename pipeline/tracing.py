@@ -1,7 +1,7 @@
 """How many bytes a training pass holds, by phase: counted on tensors that have no memory (torch's meta device).
 
-The model's own code runs, forward and backward, so that nothing here repeats what it keeps. Two things stand in for what
-only a device knows: kernels, which are those of a kind of device, and which positions count, of which a number is given.
+The model's own code runs, forward and backward, so that nothing here repeats what it keeps. Only two things are not its
+own: kernels, which are those of a kind of device, and which positions count, of which there is a number alone.
 
 Legend: B batch, L tokens, D width, H heads, V vocabulary, N positions that count, T spike timesteps.
 """
