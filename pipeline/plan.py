@@ -78,11 +78,11 @@ def find_data(config: RunConfig, vocab_size: int | None, sample_length: int | No
     manifest = Manifest.load(root) if (root / MANIFEST_NAME).exists() else None
     ids = vocab_size or config.model.overrides.get("vocab_size") or (manifest and manifest.vocab_size)
     length = sample_length or config.data.sample_length or (manifest and manifest.row_length)
-    missing = [option for option, value in (("--vocab-size", ids), ("--sample-length", length)) if not value]
-    if missing:
+    if missing := [name for name, value in (("--vocab-size", ids), ("--sample-length", length)) if not value]:
+        options = " and ".join(f"{name} NUMBER" for name in missing)
         raise ValueError(
             f"data.shards {config.data.shards} holds no {MANIFEST_NAME} yet, and nothing else says how large its "
-            f"vocabulary and samples are: give {' and '.join(f'{option} NUMBER' for option in missing)}, or build the shards"
+            f"vocabulary and samples are: give {options}, or build the shards"
         )
     positions = empty_model(config, ids).config.max_position_embeddings
     if positions < length:
