@@ -163,16 +163,21 @@ def recomputed_forwards(config: RunConfig, num_timesteps: int) -> float:
     return 2 - last / num_timesteps
 
 
-def footprint(config: RunConfig, data: Data, cluster: Cluster) -> Footprint:
-    """What each process of the run holds. Raises ValueError where the devices do not divide the global batch."""
+def footprint(config: RunConfig, data: Data, cluster: Cluster, traced: PassBytes | None = None) -> Footprint:
+    """What each process of the run holds; `traced` is what pass_bytes gives, where that is known.
+
+    Raises ValueError where the devices do not divide the global batch.
+    """
     states = held_states(config, data, cluster)
-    traced = pass_bytes(config, data, cluster.kind)
+    traced = traced or pass_bytes(config, data, cluster.kind)
     standing = {**states.standing, "libraries": cluster.reserve}
+    # Activations go as gradients come; but a layer that runs again peaks again, at last beside almost all gradients.
+    growing = {} if config.engine.checkpointing == "none" else states.growing
     moments = {
         "forward": {**standing, "activations": traced.forward},
         "head": {**standing, "activations": traced.kept, "logits": traced.head - traced.kept},
-        "backward": _sum(standing, states.backward, {"activations": traced.backward}),
-        "end": _sum(standing, states.backward, states.reduction, {"activations": traced.embeddings}),
+        "backward": _sum(standing, states.backward, growing, {"activations": traced.backward}),
+        "end": _sum(standing, states.backward, states.reduced, {"activations": traced.embeddings}),
         "step": {**states.step, "libraries": cluster.reserve},
     }
     host = states.host
@@ -184,11 +189,17 @@ def footprint(config: RunConfig, data: Data, cluster: Cluster) -> Footprint:
 
 @dataclass(frozen=True)
 class States:
-    """What DeepSpeed holds in a process, bytes: always, and besides in the backward, at its end, and in the step."""
+    """What DeepSpeed holds in a process, bytes.
+
+    standing: always, but for the step; backward: besides, throughout the backward; growing: of what comes to that in the
+    backward, what comes before its end; reduced: all that has come at its end; step: in the optimizer's step; host: in
+    the memory beside the device, always.
+    """
 
     standing: Parts
     backward: Parts
-    reduction: Parts
+    growing: Parts
+    reduced: Parts
     step: Parts
     host: Parts
 
@@ -242,18 +253,20 @@ class _Partitioned:
                 "gradients": share * (MASTER + (width if self.accumulates else 0)) + spare,
                 "optimizer": share * (MASTER + MOMENTS),
             }
-            return States(device, {"buckets": bucket + self._flattened()}, {}, device, host)
+            return States(device, {"buckets": bucket + self._flattened()}, {}, {}, device, host)
         device = {"weights": whole, "optimizer": share * (MASTER + MOMENTS)}
         reduced = {"gradients": share * width}
         step = _sum(device, reduced, self._step_space(share))
         if self.zero["stage"] == 2:
             standing = _sum(device, reduced) if self.accumulates else device
-            return States(standing, {"buckets": bucket + self._flattened()}, reduced, step, {})
+            growing = reduced if self.sizes.total > self._bucket_size() else {}
+            return States(standing, {"buckets": bucket + self._flattened()}, growing, reduced, step, {})
         unreduced = {"gradients": whole, "buckets": bucket}  # wait for the last micro-batch, and so does the bucket
         copied = {"buckets": self._flattened()}
         if self.accumulates:
-            return States(_sum(device, unreduced), copied, reduced, step, {})
-        return States(device, {"buckets": bucket}, _sum(copied, reduced, {"gradients": whole}), step, {})
+            return States(_sum(device, unreduced), copied, {}, reduced, step, {})
+        growing = {"gradients": whole}
+        return States(device, {"buckets": bucket}, growing, _sum(growing, copied, reduced), step, {})
 
     def weights_too(self) -> States:
         """Stage 3: all partitioned; weights are gathered for a layer's passes."""
@@ -269,7 +282,7 @@ class _Partitioned:
         else:
             step = _sum(device, self._step_space(min(share, self.zero.get("sub_group_size", 1e9))))
         standing = {**device, "gathered": self._gathered(weights_offloaded)}
-        return States(standing, {"buckets": self._flattened()}, {}, step, host)
+        return States(standing, {"buckets": self._flattened()}, {}, {}, step, host)
 
     def _step_space(self, weights: float) -> Parts:
         """What AdamW needs for so many weights at once: their gradient in fp32, and space."""

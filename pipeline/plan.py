@@ -25,6 +25,7 @@ from pipeline.footprint import (
     pass_bytes,
     step_work,
 )
+from pipeline.tracing import PassBytes
 
 GIB = 2**30
 DAY = 24 * 60 * 60
@@ -34,6 +35,13 @@ MOST_NODES = 2**14
 
 RESERVES = {"gpu": 2.0, "cpu": 0.6}
 """GiB of a device that libraries take: on a GPU the context, communication and what falls between allocations."""
+
+PLACEMENTS = {
+    "zero3": "weights are gathered for every pass",
+    "zero2_offload": "the optimizer runs on the host's cores",
+    "zero3_offload": "weights come from the host, where the optimizer runs",
+}
+"""Of ds_configs those that hold less on the device than another, the cheaper first, and what they cost."""
 
 MOMENTS = {
     "forward": "forward",
@@ -93,31 +101,28 @@ def find_data(config: RunConfig, vocab_size: int | None, sample_length: int | No
     return Data(ids, length)
 
 
-def changes(config: RunConfig) -> Iterator[Change]:
-    """Ways to need less memory, the cheapest first: what each costs comes on top of what those before it cost."""
-    for placed in _placements(Change(config, (), ())):
-        for smaller in _micro_batches(placed):
-            yield from _modes(smaller)
+def placements(config: RunConfig) -> Iterator[list[Change]]:
+    """Ways to need less memory, the cheaper first: by where DeepSpeed puts what it holds, and in each, the last least.
 
-
-def _placements(change: Change) -> Iterator[Change]:
-    yield change
-    stage = zero_stage(change.config)
-    for name, least, cost in (
-        ("zero3", 3, "weights are gathered for every pass"),
-        ("zero2_offload", 2, "the optimizer runs on the host's cores"),
-        ("zero3_offload", 3, "weights travel from the host, where the optimizer runs"),
-    ):
-        if stage < least or (name.endswith("offload") and least == stage):
-            yield change.by("engine", "ds_config", f"ds_configs/{name}.json", cost)
+    Within a placement smaller micro-batches cost more than a second or third forward, which come with each of them.
+    """
+    unchanged = Change(config, (), ())
+    placed = [unchanged]
+    stage = zero_stage(config)
+    for name, cost in PLACEMENTS.items():
+        path = f"ds_configs/{name}.json"
+        if zero_stage(changed(config, "engine", ds_config=path)) >= stage and path != config.engine.ds_config:
+            placed.append(unchanged.by("engine", "ds_config", path, cost))
+    for change in placed:
+        yield [leaner for smaller in _micro_batches(change) for leaner in _modes(smaller)]
 
 
 def _micro_batches(change: Change) -> Iterator[Change]:
     yield change
     size = change.config.training.micro_batch_size
-    while size > 1 and size % 2 == 0:
-        size //= 2
-        yield change.by("training", "micro_batch_size", size, "more, smaller micro-batches")
+    while size > 1:
+        size = size // 2 if size % 2 == 0 else 1
+        yield change.by("training", "micro_batch_size", size, "more and smaller micro-batches")
 
 
 def _modes(change: Change) -> Iterator[Change]:
@@ -130,11 +135,19 @@ def _modes(change: Change) -> Iterator[Change]:
 
 
 def cheapest_fit(config: RunConfig, data: Data, cluster: Cluster) -> tuple[Change, Footprint] | None:
-    """The first of `changes` with which the run fits, and what it then needs; None where none helps."""
-    for change in changes(config):
-        needed = footprint(change.config, data, cluster)
-        if needed.peak <= cluster.memory:
-            return change, needed
+    """The first of all changes with which the run fits, and what it then needs; None where none helps."""
+    traced: dict[tuple[int, str], PassBytes] = {}
+
+    def need(change: Change) -> Footprint:
+        key = (change.config.training.micro_batch_size, change.config.engine.checkpointing)
+        if key not in traced:
+            traced[key] = pass_bytes(change.config, data, cluster.kind)
+        return footprint(change.config, data, cluster, traced[key])
+
+    for candidates in placements(config):
+        if need(candidates[-1]).peak > cluster.memory:
+            continue  # and so do all others of this placement
+        return next((change, needed) for change in candidates if (needed := need(change)).peak <= cluster.memory)
     return None
 
 
@@ -221,7 +234,7 @@ def _describe_verdict(config: RunConfig, data: Data, cluster: Cluster, needed: F
             f"{verdict}\nThe cheapest change: {' '.join(change.options)}\n"
             f"makes it {_gib(less.peak)} GiB at the peak, for: {'; '.join(change.costs)}."
         )
-    *_, last = changes(config)
+    *_, (*_, last) = placements(config)
     for nodes in _doubled(cluster.nodes):
         more = replace(cluster, nodes=nodes)
         try:
@@ -280,7 +293,9 @@ def _count(number: float) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"
+    """Three digits, and where it is small no more than three behind the point."""
+    gib = size / GIB
+    return f"{gib:.3f}" if gib < 1 else f"{gib:.2f}" if gib < 100 else f"{gib:.0f}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

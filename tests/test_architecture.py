@@ -23,7 +23,7 @@ MAX_LINES = 500
 # Inside pipeline: commands import running parts, which import foundations. A new module takes its place here.
 RUNNING_PARTS = {
     *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "corpus", "loader", "metrics"),
-    *("evaluation", "world", "ending", "stopping", "build_locks"),
+    *("evaluation", "world", "ending", "stopping", "build_locks", "footprint", "tracing"),
 }
 FOUNDATIONS = {"order", "mixing", "objectives", "config", "rules"}
 SHARED_BY_DATA_PREP = {

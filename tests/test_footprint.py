@@ -198,7 +198,13 @@ def test_operations_are_those_of_a_count_by_hand(small, mode, cell, forwards):
 @pytest.mark.parametrize(
     "case",
     [
-        {"preset": "encoder-tiny", "ds_config": "zero2", "precision": "fp32", "checkpointing": "none"},
+        {
+            "preset": "encoder-tiny",
+            "ds_config": "zero2",
+            "precision": "bf16",
+            "checkpointing": "layer",
+            "accumulation": 2,
+        },
         {"preset": "decoder-tiny", "ds_config": "zero3", "precision": "bf16", "checkpointing": "layer", "processes": 2},
     ],
     ids=str,

@@ -9,8 +9,8 @@ from pipeline.plan import main
 
 ENCODER = ["--recipe", "launch/recipes/encoder-base.yaml"]
 NO_SPIKES = ["--model.preset", "encoder-tiny", "--model.neuron.kind", "none"]  # one timestep: quickly traced
-SIZES = ["--vocab-size", "1000", "--sample-length", "64"]
-PEAK = re.compile(r"(\d+\.\d\d) (?:of \d+\.\d\d )?GiB at the peak")
+SIZES = ["--vocab-size", "1000", "--sample-length", "64", "--reserve", "0"]
+PEAK = re.compile(r"([\d.]+) (?:of [\d.]+ )?GiB at the peak")
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def plan(capsys):
 
 def test_it_tells_memory_and_days_of_a_recipe_that_fits(plan):
     printed, (peak,) = plan("--memory", 80, *SIZES)
-    assert "encoder-tiny, 542,490 parameters (2 layers, D=128, V=1000), T=1" in printed
-    assert f"It fits: {peak:.2f} of 80.00 GiB" in printed
+    assert "encoder-tiny, 576 K parameters (2 layers, D=128, V=1000), T=1" in printed
+    assert f"It fits: {peak:.3f} of 80.00 GiB" in printed
     together = next(line for line in printed.splitlines() if line.startswith("together"))
     assert max(map(float, together.split()[1:])) == peak
     assert re.search(r"^timestep +\d", printed, re.MULTILINE)
@@ -46,8 +46,9 @@ def test_days_are_operations_by_what_all_devices_do(plan):
 @pytest.mark.parametrize(
     ("memory", "advised"),
     [
-        (2.28, ["--engine.checkpointing layer"]),
-        (2.23, ["--training.micro_batch_size", "--engine.checkpointing layer"]),
+        (0.22, ["--engine.checkpointing layer"]),
+        (0.2, ["--training.micro_batch_size 16", "--engine.checkpointing layer"]),
+        (0.15, ["--engine.ds_config ds_configs/zero3.json"]),
     ],
 )
 def test_what_it_advises_makes_the_recipe_fit(plan, memory, advised):
@@ -61,8 +62,13 @@ def test_what_it_advises_makes_the_recipe_fit(plan, memory, advised):
 
 
 def test_where_no_setting_helps_it_says_how_many_devices_would(plan):
-    printed, _ = plan("--memory", 2.05, "--devices", 1, *SIZES)
-    assert "no setting" in printed or "Neither" in printed
+    sizes = [*SIZES, "--model.preset", "decoder-7b", "--objective.next_sentence", "true"]
+    printed, (_, promised) = plan("--memory", 9, *sizes)
+    devices, change = re.search(r"On (\d+) devices it does, .*: (.*)", printed).groups()
+    printed, (peak,) = plan("--memory", 9, *sizes, "--nodes", int(devices) // 8, *change.split())
+    assert "It fits" in printed and peak == promised
+    printed, _ = plan("--memory", 1, *sizes)
+    assert "Neither a setting nor more devices" in printed
 
 
 def test_vocabulary_and_sample_length_are_those_of_the_shards(plan, causal_shards):
@@ -82,7 +88,7 @@ def test_vocabulary_and_sample_length_are_those_of_the_shards(plan, causal_shard
         ),
         ([*SIZES, "--devices", "3"], "training.global_batch_size 512 is not divisible"),
         ([*SIZES, "--engine.precision", "fp8"], "engine.precision: 'fp8' should be 'fp32' or 'bf16'"),
-        ([*SIZES, "--memori", "3"], "--memori"),
+        ([*SIZES, "--memori", "3"], "memori: unknown field"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(arguments, message, capsys):
