@@ -189,11 +189,15 @@ def footprint(config: RunConfig, data: Data, cluster: Cluster, traced: PassBytes
 
 @dataclass(frozen=True)
 class States:
-    """What DeepSpeed holds in a process, bytes.
+    """What DeepSpeed holds in a process.
 
-    standing: always, but for the step; backward: besides, throughout the backward; growing: of what comes to that in the
-    backward, what comes before its end; reduced: all that has come at its end; step: in the optimizer's step; host: in
-    the memory beside the device, always.
+    Attributes:
+        standing: during all passes
+        backward: besides, throughout the backward
+        growing: besides, what comes while the backward goes on; all of it, as before the last layers
+        reduced: besides, what has come at its end
+        step: during the optimizer's step, in all
+        host: in the memory beside the device, always
     """
 
     standing: Parts

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.manifest import MANIFEST_NAME, Manifest
 from data_prep.recipes import run_command
-from pipeline.config import RunConfig, load_run_config, zero_stage
+from pipeline.config import RunConfig, load_run_config, offloads_optimizer, zero_stage
 from pipeline.footprint import (
     Cluster,
     Data,
@@ -31,7 +31,6 @@ GIB = 2**30
 DAY = 24 * 60 * 60
 TIMESTEPS = (1, 2, 4, 8)
 MODES = ("none", "layer", "timestep")
-MOST_NODES = 2**14
 
 RESERVES = {"gpu": 2.0, "cpu": 0.6}
 """GiB of a device that libraries take: on a GPU the context, communication and what falls between allocations."""
@@ -151,6 +150,26 @@ def cheapest_fit(config: RunConfig, data: Data, cluster: Cluster) -> tuple[Chang
     return None
 
 
+def more_devices(config: RunConfig, data: Data, cluster: Cluster) -> tuple[int, str, str] | None:
+    """How many devices hold the run without offloading anything: their number, GiB at the peak, and the options.
+
+    None where no number that divides the global batch does.
+    """
+    leanest = [each[-1] for each in placements(config) if not offloads_optimizer(each[-1].config)]
+    if not leanest:
+        return None
+    change = leanest[-1]
+    traced = pass_bytes(change.config, data, cluster.kind)
+    nodes = cluster.nodes * 2
+    while change.config.training.global_batch_size % (nodes * cluster.devices) == 0:
+        more = replace(cluster, nodes=nodes)
+        peak = footprint(change.config, data, more, traced).peak
+        if peak <= cluster.memory:
+            return more.size, _gib(peak), " ".join(change.options)
+        nodes *= 2
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, whether it fits or not; 2 for a recipe that cannot be planned."""
     options, rest = _parser().parse_known_args(arguments)
@@ -228,31 +247,19 @@ def _describe_verdict(config: RunConfig, data: Data, cluster: Cluster, needed: F
         return f"It fits: {_gib(needed.peak)} of {_gib(cluster.memory)} GiB at the peak, {_gib(spare)} to spare."
     verdict = f"It does not fit: {_gib(needed.peak)} GiB at the peak, {_gib(-spare)} more than {_gib(cluster.memory)}."
     found = cheapest_fit(config, data, cluster)
-    if found:
-        change, less = found
-        return (
-            f"{verdict}\nThe cheapest change: {' '.join(change.options)}\n"
-            f"makes it {_gib(less.peak)} GiB at the peak, for: {'; '.join(change.costs)}."
-        )
-    *_, (*_, last) = placements(config)
-    for nodes in _doubled(cluster.nodes):
-        more = replace(cluster, nodes=nodes)
-        try:
-            least = footprint(last.config, data, more).peak
-        except ValueError:
-            break
-        if least <= cluster.memory:
-            return (
-                f"{verdict}\nOn these devices no setting makes it fit. On {more.size} devices it does, {_gib(least)} "
-                f"GiB at the peak: {' '.join(last.options)}"
-            )
-    return f"{verdict}\nNeither a setting nor more devices make it fit: use a smaller model, or shorter samples."
-
-
-def _doubled(nodes: int) -> Iterator[int]:
-    while nodes < MOST_NODES:
-        nodes *= 2
-        yield nodes
+    if found is None:
+        return f"{verdict}\nNeither a setting nor more devices make it fit: use a smaller model, or shorter samples."
+    change, less = found
+    advice = (
+        f"The cheapest change: {' '.join(change.options)}\n"
+        f"makes it {_gib(less.peak)} GiB at the peak, for: {'; '.join(change.costs)}."
+    )
+    if less.host:
+        advice += f"\nIt then needs {_gib(sum(less.host.values()) * cluster.devices)} GiB of each machine's own memory."
+        elsewhere = more_devices(config, data, cluster)
+        if elsewhere:
+            advice += "\nWithout it: {} devices, {} GiB at the peak of each, {}".format(*elsewhere)
+    return f"{verdict}\n{advice}"
 
 
 def _describe_activations(config: RunConfig, data: Data, cluster: Cluster) -> str:
@@ -283,7 +290,7 @@ def _describe_work(config: RunConfig, data: Data, cluster: Cluster, flops_per_se
     parts = ", ".join(f"{name} {share / work.total:.0%}" for name, share in shares.items() if share)
     return (
         f"{_count(tokens)} tokens in {steps:,} steps: {work.total * steps:.3g} operations ({parts}),\n"
-        f"{days:.3g} days at {flops_per_second / 1e12:.0f} TFLOP/s on each of {cluster.size} device(s)"
+        f"{days:.3g} days ({24 * days:.3g} hours) at {flops_per_second / 1e12:.0f} TFLOP/s on each of {cluster.size} device(s)"
     )
 
 

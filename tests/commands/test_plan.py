@@ -27,7 +27,7 @@ def plan(capsys):
 
 def test_it_tells_memory_and_days_of_a_recipe_that_fits(plan):
     printed, (peak,) = plan("--memory", 80, *SIZES)
-    assert "encoder-tiny, 576 K parameters (2 layers, D=128, V=1000), T=1" in printed
+    assert "encoder-base: encoder-tiny, 575,978 parameters (2 layers, D=128, V=1000), T=1" in printed
     assert f"It fits: {peak:.3f} of 80.00 GiB" in printed
     together = next(line for line in printed.splitlines() if line.startswith("together"))
     assert max(map(float, together.split()[1:])) == peak
@@ -61,14 +61,15 @@ def test_what_it_advises_makes_the_recipe_fit(plan, memory, advised):
     assert "It fits" in printed and peak == promised
 
 
-def test_where_no_setting_helps_it_says_how_many_devices_would(plan):
-    sizes = [*SIZES, "--model.preset", "decoder-7b", "--objective.next_sentence", "true"]
-    printed, (_, promised) = plan("--memory", 9, *sizes)
-    devices, change = re.search(r"On (\d+) devices it does, .*: (.*)", printed).groups()
-    printed, (peak,) = plan("--memory", 9, *sizes, "--nodes", int(devices) // 8, *change.split())
-    assert "It fits" in printed and peak == promised
-    printed, _ = plan("--memory", 1, *sizes)
-    assert "Neither a setting nor more devices" in printed
+def test_instead_of_offloading_it_counts_the_devices_that_hold_all(plan):
+    large = ["--memory", 9, "--model.preset", "decoder-7b", *SIZES]
+    printed, _ = plan(*large)
+    assert "The cheapest change: --engine.ds_config ds_configs/zero3_offload.json" in printed
+    assert re.search(r"It then needs \d+ GiB of each machine's own memory", printed)
+    devices, promised, change = re.search(r"Without it: (\d+) devices, ([\d.]+) GiB .* each, (.*)", printed).groups()
+    printed, (peak,) = plan(*large, "--nodes", int(devices) // 8, *change.split())
+    assert "It fits" in printed and peak == float(promised)
+    assert "Neither a setting nor more devices make it fit" in plan(*large, "--memory", 1)[0]
 
 
 def test_vocabulary_and_sample_length_are_those_of_the_shards(plan, causal_shards):
