@@ -6,6 +6,7 @@ Takes every option of pipeline.pretrain as well. Vocabulary and sample length ar
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ MODES = ("none", "layer", "timestep")
 
 RESERVES = {"gpu": 2.0, "cpu": 0.6}
 """GiB of a device that libraries take: on a GPU the context, communication and what falls between allocations."""
+
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 PLACEMENTS = {
     "zero3": "weights are gathered for every pass",
@@ -109,7 +112,7 @@ def placements(config: RunConfig) -> Iterator[list[Change]]:
     placed = [unchanged]
     stage = zero_stage(config)
     for name, cost in PLACEMENTS.items():
-        path = f"ds_configs/{name}.json"
+        path = os.path.relpath(DS_CONFIGS / f"{name}.json")
         if zero_stage(changed(config, "engine", ds_config=path)) >= stage and path != config.engine.ds_config:
             placed.append(unchanged.by("engine", "ds_config", path, cost))
     for change in placed:
@@ -196,6 +199,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, recipe: Sequence[str]) -> None:
+    for name in ("memory", "nodes", "devices", "peak_tflops", "mfu", "vocab_size", "sample_length"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be positive")
     config = load_run_config(recipe)
     data = find_data(config, options.vocab_size, options.sample_length)
     reserve = RESERVES[options.kind] if options.reserve is None else options.reserve
@@ -219,7 +226,7 @@ def _describe_run(config: RunConfig, data: Data, cluster: Cluster) -> str:
     devices = f"{cluster.nodes} x {cluster.devices} devices" if cluster.nodes > 1 else f"{cluster.devices} device(s)"
     return (
         f"{config.name}: {config.model.preset}, {_count(count_parameters(model))} parameters "
-        f"({shape.num_hidden_layers} layers, D={shape.hidden_size}, V={data.vocab_size}), T={shape.num_timesteps}\n"
+        f"({shape.num_hidden_layers} layer(s), D={shape.hidden_size}, V={data.vocab_size}), T={shape.num_timesteps}\n"
         f"{training.global_batch_size} rows of {data.sample_length} tokens a step, {training.micro_batch_size} at once "
         f"on each of {devices}; {config.engine.precision}, {config.engine.ds_config}, "
         f"checkpointing {config.engine.checkpointing}"
@@ -289,8 +296,8 @@ def _describe_work(config: RunConfig, data: Data, cluster: Cluster, flops_per_se
     }
     parts = ", ".join(f"{name} {share / work.total:.0%}" for name, share in shares.items() if share)
     return (
-        f"{_count(tokens)} tokens in {steps:,} steps: {work.total * steps:.3g} operations ({parts}),\n"
-        f"{days:.3g} days ({24 * days:.3g} hours) at {flops_per_second / 1e12:.0f} TFLOP/s on each of {cluster.size} device(s)"
+        f"{_count(tokens)} tokens in {steps:,} steps: {work.total * steps:.3g} operations ({parts}),\n{days:.3g} days "
+        f"({24 * days:.3g} hours) at {flops_per_second / 1e12:.3g} TFLOP/s on each of {cluster.size} device(s)"
     )
 
 

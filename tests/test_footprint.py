@@ -172,6 +172,28 @@ def test_states_are_divided_as_the_stage_says(small, zero, precision, accumulati
     assert {name: size / weights for name, size in standing.items()} == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_needs_an_fp32_gradient_and_space_of_what_a_process_updates(small, stage):
+    config = small(processes=4, zero={"stage": stage}, precision="bf16")
+    weights = count_parameters(empty_model(config, DATA.vocab_size))
+    step = {part: size / weights for part, size in held_states(config, DATA, cluster(4, "gpu")).step.items()}
+    assert step.pop("buckets", 0) == pytest.approx(2 * BUCKET / weights if stage == 3 else 0)
+    expected = {"weights": 0.5 if stage == 3 else 2, "optimizer": (12 + 4) / 4, "gradients": (2 + 4) / 4}
+    assert step == pytest.approx(expected, rel=1e-4)
+
+
+def test_buckets_are_one_or_two_and_what_is_summed_over_processes(small):
+    largest = 1000 * 64  # the word embeddings, of their own more than a bucket
+
+    def buckets(processes, **zero):
+        config = small(processes=processes, zero=zero, precision="bf16")
+        return held_states(config, DATA, cluster(processes)).backward["buckets"]
+
+    assert buckets(1) == 2 * BUCKET and buckets(1, overlap_comm=True) == 4 * BUCKET
+    assert buckets(2) == 2 * (BUCKET + largest)
+    assert buckets(2, reduce_bucket_size=100_000) == 2 * 200_000
+
+
 def test_what_is_offloaded_rests_on_the_host(small):
     offloaded = {"device": "cpu"}
     config = small(zero={"stage": 3, "offload_optimizer": offloaded, "offload_param": offloaded}, precision="bf16")
@@ -211,4 +233,4 @@ def test_operations_are_those_of_a_count_by_hand(small, mode, cell, forwards):
 )
 def test_predictions_are_near_what_a_real_step_takes(case):
     measured = in_fresh_processes(case)["counted"]
-    assert predict(case) == pytest.approx(measured, rel=0.1)
+    assert predict(case) == pytest.approx(measured, rel=0.03)

@@ -27,7 +27,7 @@ def plan(capsys):
 
 def test_it_tells_memory_and_days_of_a_recipe_that_fits(plan):
     printed, (peak,) = plan("--memory", 80, *SIZES)
-    assert "encoder-base: encoder-tiny, 575,978 parameters (2 layers, D=128, V=1000), T=1" in printed
+    assert "encoder-base: encoder-tiny, 575,978 parameters (2 layer(s), D=128, V=1000), T=1" in printed
     assert f"It fits: {peak:.3f} of 80.00 GiB" in printed
     together = next(line for line in printed.splitlines() if line.startswith("together"))
     assert max(map(float, together.split()[1:])) == peak
@@ -88,6 +88,7 @@ def test_vocabulary_and_sample_length_are_those_of_the_shards(plan, causal_shard
             "samples of 1024 tokens, but the model has 512 positions",
         ),
         ([*SIZES, "--devices", "3"], "training.global_batch_size 512 is not divisible"),
+        ([*SIZES, "--devices", "0"], "--devices is 0: it must be positive"),
         ([*SIZES, "--engine.precision", "fp8"], "engine.precision: 'fp8' should be 'fp32' or 'bf16'"),
         ([*SIZES, "--memori", "3"], "memori: unknown field"),
     ],
