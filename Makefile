@@ -47,6 +47,7 @@ bench: $(INSTALLED)  ## print times and memory of layer, checkpointing and loade
 	@. launch/env.sh
 	python -m tests.bench.bench_layer
 	python -m tests.bench.bench_checkpointing
+	python -m tests.bench.bench_plan
 	python -m tests.bench.bench_loader
 
 clean:  ## remove caches and build leftovers; .venv, data/ and runs/ stay

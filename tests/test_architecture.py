@@ -22,19 +22,9 @@ MAX_LINES = 500
 
 # Inside pipeline: commands import running parts, which import foundations. A new module takes its place here.
 RUNNING_PARTS = {
-    *(
-        "trainer",
-        "engine",
-        "checkpoint",
-        "run_folder",
-        "model",
-        "model_card",
-        "model_folder",
-        "corpus",
-        "loader",
-        "metrics",
-    ),
-    *("documents", "evaluation", "options", "world", "ending", "stopping", "build_locks"),
+    *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "model_folder", "corpus", "loader"),
+    *("metrics", "documents", "evaluation", "options", "world", "ending", "stopping", "build_locks"),
+    *("footprint", "tracing"),
 }
 FOUNDATIONS = {"order", "mixing", "objectives", "config", "rules"}
 SHARED_BY_DATA_PREP = {
