@@ -150,12 +150,6 @@ def test_shared_weights_count_once(small):
         ({"stage": 2}, "bf16", 2, {"weights": 2.0, "optimizer": 3.0, "gradients": 0.5}),
         ({"stage": 2}, "fp32", 1, {"weights": 4.0, "optimizer": 3.0}),
         ({"stage": 3}, "bf16", 1, {"weights": 0.5, "optimizer": 3.0, "gradients": 0.5, "gathered": 2.0}),
-        (
-            {"stage": 3, "stage3_max_live_parameters": 1},
-            "bf16",
-            1,
-            {"weights": 0.5, "optimizer": 3.0, "gradients": 0.5},
-        ),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "bf16", 1, {"weights": 0.5, "gathered": 2.0}),
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16", 2, {"weights": 2.0}),
     ],

@@ -129,7 +129,7 @@ def predict(case: dict[str, Any]) -> float:
 
 
 def measure(case: dict[str, Any]) -> dict[str, float]:
-    """Bytes at the peak of a step behind the first ones, in this process, which is one of the case's: counted, and resident."""
+    """Bytes at the peak of a step behind the first ones, in this process of the case's: counted, and resident."""
     world = start_world(timeout_minutes=5)
     live = LiveBytes("cpu")
     with TemporaryDirectory() as folder:
