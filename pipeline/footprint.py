@@ -214,7 +214,8 @@ def held_states(config: RunConfig, data: Data, cluster: Cluster) -> States:
     width = 2 if config.engine.precision == "bf16" else 4
     sizes = _sizes(empty_model(config, data.vocab_size))
     accumulates = accumulation_steps(config, cluster.size) > 1
-    partitioned = _Partitioned(zero, width, sizes, cluster, accumulates)
+    keeps_views = config.engine.checkpointing == "none"
+    partitioned = _Partitioned(zero, width, sizes, cluster, accumulates, keeps_views)
     return partitioned.weights_too() if zero["stage"] == 3 else partitioned.optimizer()
 
 
@@ -222,14 +223,13 @@ def held_states(config: RunConfig, data: Data, cluster: Cluster) -> States:
 class _Sizes:
     total: int
     largest: int
-    small: tuple[int, ...]
     block: int
 
 
 def _sizes(model: SpikeLMPreTrainedModel) -> _Sizes:
     sizes = [parameter.numel() for parameter in model.parameters()]
     blocks = [count_parameters(layer) for layer in spiking_stack(model).layers]
-    return _Sizes(sum(sizes), max(sizes), tuple(sizes), max(blocks, default=0))
+    return _Sizes(sum(sizes), max(sizes), max(blocks, default=0))
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,7 @@ class _Partitioned:
     sizes: _Sizes
     cluster: Cluster
     accumulates: bool
+    keeps_views: bool
 
     @property
     def share(self) -> float:
@@ -293,11 +294,17 @@ class _Partitioned:
         return {"gradients": weights * MASTER, "optimizer": weights * STEP_SPACE[self.cluster.kind]}
 
     def _gathered(self, weights_offloaded: bool) -> float:
-        """Weights that are whole on the device in a pass. A process of its own uses what it has there as it is."""
+        """Weights that are whole on the device in a pass. A process of its own uses what it has there as it is.
+
+        DeepSpeed lets go of a layer's weights behind its forward, but the products keep views of them for the backward:
+        all of them, unless layers run again.
+        """
         if self.cluster.size == 1 and (self.cluster.kind == "cpu" or not weights_offloaded):
             return 0
-        limit = self.zero.get("stage3_max_live_parameters", 1e9)
-        return self.width * min(self.sizes.total, max(limit, self.sizes.block))
+        if self.keeps_views:
+            return self.width * self.sizes.total
+        ahead = self.zero.get("stage3_prefetch_bucket_size", 5e7) if self.cluster.kind == "gpu" else 0
+        return self.width * min(self.sizes.total, max(self.sizes.block, self.sizes.largest) + ahead)
 
     def _bucket_size(self) -> int:
         return int(self.zero.get("reduce_bucket_size", 5e8))
