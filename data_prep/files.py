@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -88,12 +88,17 @@ def read_record(record_type: type[Record], path: Path, version: int | None = Non
     content = read_json(path)
     found = content.get("version") if isinstance(content, dict) else None
     if found != version:
-        raise ValueError(f"{path}: version {found}, expected {version}: made by another release, make it anew")
+        raise ValueError(f"{path}: version {found!r}, expected {version}: made by another release, make it anew")
     try:
         return TypeAdapter(record_type).validate_python(content)
     except ValidationError as error:
-        details = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        details = [f"{_dotted(detail['loc'])}: {detail['msg']}" for detail in error.errors()]
         raise ValueError(f"{path}: {'; '.join(details)}") from None
+
+
+def _dotted(names: Sequence[str | int]) -> str:
+    """Names of fields as one, on one line whatever a strange file calls them."""
+    return ".".join(name if name.isprintable() else ascii(name) for name in map(str, names))
 
 
 def hash_file(path: Path) -> str:

@@ -216,7 +216,8 @@ def end_early(stop: StopRequest) -> NoReturn:
     speaks = _told_by_launcher("RANK") in (0, 1)  # rank 0 may be the one that has died
     if stop.is_bereaved:
         if speaks:
-            _tell(LostProcess("a process of the run died while it started: its own words stand above, if it had any"))
+            # No error of its own: the one that died has told it, if it could.
+            _tell(Stopped("a process of the run died while it started: its own words stand above, if it had any"))
         leave(PROCESS_LOST)
     if speaks:
         _tell(Stopped(f"stopped by {stop.reason} before training began: the same command begins it"))

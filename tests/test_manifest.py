@@ -130,6 +130,8 @@ def test_an_edited_record_loads_or_is_refused_by_name(tmp_path_factory, load, na
         ({"version": 1}, "manifest.json: version 1, expected 2"),
         ({"vocab_size": "many"}, "vocab_size: Input should be a valid integer"),
         ({"surprise": 1}, "surprise: Unexpected keyword argument"),
+        ({"a\x1eb": 1}, r"json: 'a\\x1eb': Unexpected keyword argument"),  # which would end a line
+        ({"version": "\x1e"}, r"version '\\x1e', expected 2"),
         ({"origin": {"settings": {}}}, "origin.inputs: Field required"),
         ({"origin": {"settings": {}, "inputs": []}}, r"manifest.json: origin\.settings\.row_length is None"),
         ({"origin": {"settings": {"row_length": True}, "inputs": []}}, "row_length is True"),

@@ -287,7 +287,7 @@ def vocabulary_larger_than_the_models(case):
     return ["--model.overrides.vocab_size", "100"]
 
 
-@fault("the rows have 32 tokens", "the model 16 positions", r"raise model\.overrides\.max_position_embeddings")
+@fault("the samples have 32 tokens", "the model 16 positions", r"raise model\.overrides\.max_position_embeddings")
 def rows_longer_than_the_positions(case):
     return ["--model.overrides.max_position_embeddings", "16"]
 
