@@ -50,10 +50,11 @@ def explore(folder, results):
     fill_mask = transformers.pipeline("fill-mask", model=str(folder), trust_remote_code=True)
     filled = fill_mask("The capital of France is [MASK].")
 
+    torch.manual_seed(0)  # of the classifier's own weights
     auto_class = transformers.AutoModelForSequenceClassification
     classifier = auto_class.from_pretrained(folder, num_labels=2, dtype=torch.float32, trust_remote_code=True)
     batch = fill_mask.tokenizer(["one text", "another, longer text"], padding=True, return_tensors="pt")
-    losses, optimizer = [], torch.optim.AdamW(classifier.parameters(), lr=1e-3)
+    losses, optimizer = [], torch.optim.AdamW(classifier.parameters(), lr=1e-4)  # small: spikes flip
     for _ in range(2):
         loss = classifier(**batch, labels=torch.tensor([0, 1])).loss
         losses.append(loss.item())
