@@ -43,7 +43,7 @@ chaos: $(INSTALLED)  ## kill a run's processes fifty times, then compare its end
 	@. launch/env.sh
 	python -m tests.chaos.chaos
 
-bench: $(INSTALLED)  ## print times and memory of layer, checkpointing and loader on this machine
+bench: $(INSTALLED)  ## print times and memory of layer, checkpointing, plans and loader on this machine
 	@. launch/env.sh
 	python -m tests.bench.bench_layer
 	python -m tests.bench.bench_checkpointing

@@ -39,9 +39,7 @@ class Objective(Protocol):
         """Names of LABELS; each loss is a mean of its own. The first is that of tokens."""
         ...
 
-    def make_batch(
-        self, rows: Mapping[str, np.ndarray], sample_ids: np.ndarray, epochs: np.ndarray
-    ) -> dict[str, Tensor]:
+    def make_batch(self, rows: Rows, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, Tensor]:
         """Tensors for the model, row by row."""
         ...
 
@@ -58,9 +56,7 @@ class MaskedTokens:
     def losses(self) -> tuple[str, ...]:
         return ("masked_lm", "next_sentence") if self.settings.next_sentence else ("masked_lm",)
 
-    def make_batch(
-        self, rows: Mapping[str, np.ndarray], sample_ids: np.ndarray, epochs: np.ndarray
-    ) -> dict[str, Tensor]:
+    def make_batch(self, rows: Rows, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, Tensor]:
         return pretraining_batch(rows, sample_ids, epochs, seed=self.seed, settings=self.settings, tokens=self.tokens)
 
 
@@ -73,9 +69,7 @@ class NextTokens:
 
     losses = ("causal_lm",)
 
-    def make_batch(
-        self, rows: Mapping[str, np.ndarray], sample_ids: np.ndarray, epochs: np.ndarray
-    ) -> dict[str, Tensor]:
+    def make_batch(self, rows: Rows, sample_ids: np.ndarray, epochs: np.ndarray) -> dict[str, Tensor]:
         return causal_batch(rows, end_id=self.end_id)
 
 
