@@ -206,16 +206,20 @@ def _copy(
     names_of: Callable[[str], list[str]],
     is_needed: Callable[[str], bool],
 ) -> tuple[WarmStartReport, set[str]]:
-    """Copy what `theirs` has for the model's parameters; returns a report and the names of theirs that were used."""
+    """Copy what `theirs` has for the model's parameters; returns a report and the names of theirs that were used.
+
+    Tensors are read one by one, first for their shapes: the checkpoint need not fit into memory beside the model.
+    """
     report, used = WarmStartReport(), set()
-    wanted = {name: _source(names_of(name), theirs, used) for name, _ in model.named_parameters()}
-    _refuse_mismatch(dict(model.named_parameters()), wanted, is_needed)
+    sources = {name: names_of(name) for name, _ in model.named_parameters()}
+    _refuse_mismatch(model, {name: _shape(theirs, names) for name, names in sources.items()}, is_needed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if wanted[name] is None:
+            if (source := _joined(theirs, sources[name])) is None:
                 report.missing.append(name)
             else:
-                parameter.copy_(wanted[name])
+                parameter.copy_(source)
+                used.update(sources[name])
     return report, used
 
 
@@ -226,12 +230,16 @@ def _with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {("bert." + name if name.startswith(bare) else name): tensor for name, tensor in renamed.items()}
 
 
-def _source(sources: list[str], theirs: Mapping[str, Tensor], used: set[str]) -> Tensor | None:
-    """Their tensors of these names as one (None where they have none)."""
-    if not sources or any(source not in theirs for source in sources):
+def _joined(theirs: Mapping[str, Tensor], names: list[str]) -> Tensor | None:
+    """Their tensors of these names as one; None where they have not all of them."""
+    if not names or any(name not in theirs for name in names):
         return None
-    used.update(sources)
-    return torch.cat([theirs[source] for source in sources])
+    return torch.cat([theirs[name] for name in names])
+
+
+def _shape(theirs: Mapping[str, Tensor], names: list[str]) -> torch.Size | None:
+    joined = _joined(theirs, names)
+    return None if joined is None else joined.shape
 
 
 def bert_names(name: str) -> list[str]:
@@ -251,15 +259,15 @@ def bert_names(name: str) -> list[str]:
 
 
 def _refuse_mismatch(
-    parameters: Mapping[str, Tensor], wanted: Mapping[str, Tensor | None], is_needed: Callable[[str], bool]
+    model: nn.Module, shapes: Mapping[str, torch.Size | None], is_needed: Callable[[str], bool]
 ) -> None:
     faults = [
-        f"{name}: the checkpoint has {tuple(source.shape)}, the model {tuple(parameters[name].shape)}"
-        for name, source in wanted.items()
-        if source is not None and source.shape != parameters[name].shape
+        f"{name}: the checkpoint has {tuple(shapes[name])}, the model {tuple(parameter.shape)}"
+        for name, parameter in model.named_parameters()
+        if shapes[name] not in (None, parameter.shape)
     ]
     faults += [
-        f"{name}: the checkpoint has none" for name, source in wanted.items() if source is None and is_needed(name)
+        f"{name}: the checkpoint has none" for name, shape in shapes.items() if shape is None and is_needed(name)
     ]
     if faults:
         remedy = "change the model's shape, or take another checkpoint"

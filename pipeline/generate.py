@@ -261,14 +261,12 @@ def complete_all(
     encoded: Sequence[list[int]],
     search: Search,
     batch_size: int,
-) -> tuple[list[dict[str, Any]], Work]:
-    """The record of each text, in the order of the prompts, and the work of all batches."""
-    records: dict[int, list[dict[str, Any]]] = {}
-    total = None
+) -> Iterator[tuple[dict[int, list[dict[str, Any]]], Work]]:
+    """Batch by batch: the records of each text by the number of its prompt, and the batch's work."""
     for batch in batches_by_length(encoded, batch_size):
         found, work = complete(model, [encoded[number] for number in batch], search)
-        for number, texts in zip(batch, found, strict=True):
-            records[number] = [
+        records = {
+            number: [
                 {
                     "prompt": prompts[number],
                     "text": text_behind(tokenizer, encoded[number], ids),
@@ -278,12 +276,26 @@ def complete_all(
                 }
                 for ids in texts
             ]
-        total = work if total is None else total + work
-    return list(chain.from_iterable(records[number] for number in sorted(records))), total
+            for number, texts in zip(batch, found, strict=True)
+        }
+        yield records, work
+
+
+def write_all(batches: Iterator[tuple[dict[int, list[dict[str, Any]]], Work]], output: Path | None) -> Work:
+    """Write the records of all batches in the order of the prompts; those there are where it is interrupted."""
+    records: dict[int, list[dict[str, Any]]] = {}
+    total = None
+    try:
+        for found, work in batches:
+            records |= found
+            total = work if total is None else total + work
+    finally:
+        _write(list(chain.from_iterable(records[number] for number in sorted(records))), output)
+    return total
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0; 2 for input that cannot work; 130 after Ctrl-C."""
+    """Exit status 0; 2 for input that cannot work; 130 after Ctrl-C, which leaves the texts of finished batches."""
     try:
         return run_command(lambda: _run(_parse(arguments)))
     except KeyboardInterrupt:
@@ -331,8 +343,8 @@ def _run(options: argparse.Namespace) -> None:
     if single and search.finds_one and options.output is None:
         work = show(model, tokenizer, encoded[0], search)
     else:
-        records, work = complete_all(model, tokenizer, prompts, encoded, search, options.batch_size or 8)
-        _write(records, options.output)
+        batches = complete_all(model, tokenizer, prompts, encoded, search, options.batch_size or 8)
+        work = write_all(batches, options.output)
     spikes = "no spikes" if work.spikes_per_token is None else f"{work.spikes_per_token:,.0f} spikes per token"
     print(f"{work.tokens:,} new tokens, {work.tokens_per_second:,.1f} tokens/s, {spikes}", file=sys.stderr)
 
@@ -348,6 +360,8 @@ def _refuse_without_effect(options: argparse.Namespace) -> None:
 
 
 def _write(records: Sequence[dict[str, Any]], output: Path | None) -> None:
+    if not records:
+        return
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if output is None:
         sys.stdout.write(lines)

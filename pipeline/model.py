@@ -12,7 +12,7 @@ from transformers.utils import CONFIG_NAME
 from data_prep.files import read_json
 from data_prep.manifest import Manifest
 from data_prep.recipes import settings_from_dict
-from data_prep.tokenization import vocabulary_size
+from data_prep.tokenization import load_tokenizer, vocabulary_size
 from models.amplitudes import spiking_stack
 from models.config import SpikeLMConfig, preset
 from models.modeling import (
@@ -48,7 +48,24 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     _refuse_other_llama(model.config, Path(config.model.warm_start) / CONFIG_NAME)
     report = load(model, CheckpointTensors(config.model.warm_start))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
-    return model, [f"{', '.join(names)} {what}" for what, names in parts.items() if names] + report.remarks
+    remarks = [f"{', '.join(names)} {what}" for what, names in parts.items() if names]
+    return model, remarks + report.remarks + other_tokens(Path(config.model.warm_start), corpus.tokenizer)
+
+
+def other_tokens(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A remark where the ids of the tokenizer in the checkpoint's folder stand for other tokens than `tokenizer`'s."""
+    try:
+        theirs = load_tokenizer(checkpoint).get_vocab()
+    except ValueError:
+        return []  # weights alone, as many checkpoints are
+    ours = tokenizer.get_vocab()
+    moved = sum(theirs.get(token) != number for token, number in ours.items())
+    if not moved:
+        return []
+    return [
+        f"{moved} of the shards' {len(ours)} tokens have other ids in the checkpoint's tokenizer, and start from other "
+        f"tokens' embeddings: to have their own, build the shards with the tokenizer in {checkpoint}"
+    ]
 
 
 def _refuse_other_llama(config: SpikeLMConfig, settings: Path) -> None:

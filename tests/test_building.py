@@ -5,10 +5,12 @@ import torch
 from tiny import CONFIG, make_batch
 from torch import nn
 
+from data_prep.manifest import TOKENIZER_FOLDER
 from models.amplitudes import calibrate_amplitudes
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForCausalLM, SpikeLMForPreTraining
-from pipeline.model import draw_weights
+from pipeline.corpus import open_tokenizer
+from pipeline.model import draw_weights, other_tokens
 
 LLAMA = {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True}
 
@@ -69,3 +71,12 @@ def test_only_one_module_is_whole_at_a_time():
     pairs = zip(made.parameters(), whole.parameters(), strict=True)
     assert all(torch.equal(drawn[id(ours)], theirs) for ours, theirs in pairs)
     assert isinstance(made.get_input_embeddings().weight, nn.Parameter)
+
+
+def test_a_warm_start_tells_of_tokens_that_change_their_embeddings(tiny_shards, causal_shards, tmp_path):
+    tokenizer = open_tokenizer(tiny_shards)[1]
+    assert other_tokens(tiny_shards / TOKENIZER_FOLDER, tokenizer) == []
+    assert other_tokens(tmp_path, tokenizer) == []  # weights alone
+    (remark,) = other_tokens(causal_shards / TOKENIZER_FOLDER, tokenizer)
+    assert f"of the shards' {len(tokenizer)} tokens have other ids" in remark
+    assert str(causal_shards) in remark

@@ -338,6 +338,27 @@ def test_the_command_line_names_what_is_wrong_with_it(arguments, capsys):
     assert end.value.code == 2 and "error: " in capsys.readouterr().err
 
 
+def test_ctrl_c_leaves_the_texts_of_finished_batches(decoder, tmp_path, monkeypatch, capsys):
+    whole = run_file(decoder, tmp_path, "--batch-size", "2", "--max-new-tokens", "4")
+    complete = generate.complete
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return complete(*arguments)
+
+    monkeypatch.setattr(generate, "complete", interrupted)
+    output = tmp_path / "interrupted.jsonl"
+    arguments = [str(decoder), "--prompts", str(tmp_path / "prompts.txt"), "--output", str(output)]
+    assert main([*arguments, "--batch-size", "2", "--max-new-tokens", "4"]) == 130
+    texts = [(record["prompt"], record["text"]) for record in map(json.loads, output.read_text().splitlines())]
+    assert texts == [pair for pair in ((each["prompt"], each["text"]) for each in whole) if pair in texts]
+    assert len(texts) == 4
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_without_a_traceback(decoder, monkeypatch, capsys):
     def interrupt(*arguments):
         raise KeyboardInterrupt
