@@ -53,6 +53,10 @@ class SpikeStats:
         """Share of elements whose membrane lies beyond the amplitude, where no gradient passes, [sites, T]."""
         return self._share(self.sums[..., 4])
 
+    def spikes_per_token(self, width: int) -> float:
+        """Spikes of either sign at all sites and timesteps for each counted token; `width` is the first site's."""
+        return float(self.sums[..., 2:4].sum() / (self.sums[0, 0, 1] / width))
+
     def _share(self, total: Tensor) -> Tensor:
         return total / self.sums[..., 1].clamp(min=1)
 

@@ -85,7 +85,7 @@ def describe(
         ["next-token accuracy", *(f"{share:.4f}" for share in accuracies)],
         ["unigram entropy (nat/token)", *(f"{each['unigram_entropy']:.4f}" for each in values)],
     ]
-    rates, neuron = firing_values(spiking_stack(model).site_names, after.stats), model.config.neuron
+    rates, neuron = firing_values(spiking_stack(model), after.stats), model.config.neuron
     done = (
         f"The weights of {options.llama.name} with elastic spiking neurons over {neuron.num_timesteps} timesteps "
         f"(reset {neuron.reset}) before every linear layer. Their amplitudes were measured on the first "

@@ -51,7 +51,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if (loss := values.get("causal_lm_loss")) is not None:
         values["perplexity"] = perplexity(loss)
         values["bits_per_byte"] = bits_per_byte(float(tally.sums[1, 0]), found["bytes"])
-    spikes = firing_values(spiking_stack(model).site_names, tally.stats)
+    spikes = firing_values(spiking_stack(model), tally.stats)
     return {
         "model": str(options.model),
         "num_timesteps": model.config.num_timesteps,
@@ -134,6 +134,7 @@ NAMES = {
     "next_sentence_accuracy": "next-sentence accuracy",
     "unigram_entropy": "unigram entropy of the same targets",
     "firing_rate": "firing rate, mean over sites",
+    "spikes_per_token": "spikes per token, all timesteps",
 }
 
 

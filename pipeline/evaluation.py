@@ -70,12 +70,19 @@ def tally_batches(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], los
     return Tally(tuple(losses), sums, occurrences, stats)
 
 
-def firing_values(site_names: Sequence[str], stats: SpikeStats) -> dict[str, float | dict[str, float]]:
-    """Firing rate over all neurons, and of each site (mean over timesteps); nothing where no neuron stands."""
-    if not site_names:
+def firing_values(stack: nn.Module, stats: SpikeStats) -> dict[str, float | dict[str, float]]:
+    """Firing rate (mean over the sites of `stack`), spikes per token, and each site's rate (mean over timesteps).
+
+    Nothing where no neuron stands.
+    """
+    if not stack.site_names:
         return {}
-    rates = dict(zip(site_names, stats.firing_rate.mean(1).tolist(), strict=True))
-    return {"firing_rate": sum(rates.values()) / len(rates), "firing_rate_by_site": rates}
+    rates = dict(zip(stack.site_names, stats.firing_rate.mean(1).tolist(), strict=True))
+    return {
+        "firing_rate": sum(rates.values()) / len(rates),
+        "spikes_per_token": stats.spikes_per_token(stack.config.hidden_size),
+        "firing_rate_by_site": rates,
+    }
 
 
 class Window(NamedTuple):

@@ -99,8 +99,7 @@ class Work:
     @property
     def spikes_per_token(self) -> float | None:
         """None for a model that does not spike."""
-        sums = self.stats.sums
-        return float(sums[..., 2:4].sum() / (sums[0, 0, 1] / self.width)) if len(sums) else None
+        return self.stats.spikes_per_token(self.width) if len(self.stats.sums) else None
 
 
 def open_decoder(

@@ -132,7 +132,7 @@ class Trainer:
         batches = (self._on_device(batch.tensors) for batch in self.corpus.heldout_batches())
         tally = tally_batches(self.engine, batches, self.losses).summed(self.world)
         values = {"samples_consumed": self.state.samples_consumed, **tally.values()}
-        return values | firing_values(self.stack.site_names, tally.stats)
+        return values | firing_values(self.stack, tally.stats)
 
     def _start(self) -> None:
         """Before the first step: amplitudes of a model that has none, and the losses of the untrained model."""
@@ -199,4 +199,4 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(),
             "samples_consumed": self.state.samples_consumed,
         }
-        return values | firing_values(self.stack.site_names, result.stats)
+        return values | firing_values(self.stack, result.stats)
