@@ -1,22 +1,31 @@
-"""What a run tells about itself: metrics.jsonl, DeepSpeed's monitor, progress on the terminal, speed and memory.
+"""What a run tells about itself: metrics.jsonl, DeepSpeed's monitor, progress on the terminal, health, speed, memory.
 
-metrics.jsonl holds one JSON object a line, {"kind": "train" | "heldout", "step": int, ...}. Losses are in nats per
-target, rates and accuracies are shares of 1. JSON has neither nan nor infinity: both become null, which is read as nan.
+metrics.jsonl holds one JSON object a line, {"kind": "train" | "heldout" | "health", "step": int, ...}. Losses are in
+nats per target, rates and accuracies are shares of 1. JSON has neither nan nor infinity: both become null, which is
+read as nan.
 """
+
+from __future__ import annotations
 
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
 from data_prep.files import atomic_file, write_json
+
+if TYPE_CHECKING:  # reading a run's metrics stays light
+    from torch import Tensor
+
+    from models.amplitudes import SpikeStats
+    from models.config import NeuronConfig
 
 METRICS_FILE = "metrics.jsonl"
 NONFINITE_FILE = "nonfinite.json"
@@ -71,6 +80,14 @@ class Metrics:
         if self._progress:
             self._progress.show_evaluation(step, values)
 
+    def log_health(self, step: int, warnings: Sequence[str]) -> None:
+        """One line with what SpikeHealth has found at optimizer step `step`; none where it has found nothing."""
+        if self.enabled and warnings:
+            self._write("health", step, {"warnings": list(warnings)})
+        if self._progress:
+            for warning in warnings:
+                self._progress.show_warning(step, warning)
+
     def write_nonfinite(self, record: Mapping[str, Any]) -> Path:
         """Write down the step whose loss or gradient is not finite; returns the file."""
         path = self.path.with_name(NONFINITE_FILE)
@@ -86,14 +103,75 @@ class Metrics:
     def _log(self, kind: str, step: int, values: Values) -> None:
         if not self.enabled:
             return
+        self._write(kind, step, values)
+        if self._monitor is not None:
+            samples = int(values["samples_consumed"])
+            self._monitor.write_events([(name, value, samples) for name, value in _flatten(kind, values)])
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         record = _without_nonfinite({"kind": kind, "step": step, **values})
         line = json.dumps(record, allow_nan=False) + "\n"
         # Opened for each line: no handle to lose when the file is cut, and the line is out in one unbuffered write.
         with open(self.path, "ab", buffering=0) as file:
             file.write(line.encode())
-        if self._monitor is not None:
-            samples = int(values["samples_consumed"])
-            self._monitor.write_events([(name, value, samples) for name, value in _flatten(kind, values)])
+
+
+class SpikeHealth:
+    """Looks for sites whose neurons hardly work any more, and tells each fault of a site once.
+
+    Args:
+        site_names: of the rows of statistics and amplitudes.
+        neuron: which neurons stand there; amplitudes and saturation are the elastic kind's alone.
+    """
+
+    LEAST_RATE, HIGHEST_RATE = 0.02, 0.95
+    """Below, a site passes next to nothing on; above, next to nothing that tells one input from another."""
+
+    MOST_SATURATED = 0.6
+    """Share of elements with |m| > alpha, where no gradient passes."""
+
+    MOST_DRIFT = 3.0
+    """Times that an amplitude is larger or smaller than k * mean|m|, what calibrating now would give."""
+
+    def __init__(self, site_names: Sequence[str], neuron: NeuronConfig) -> None:
+        self._site_names = site_names
+        self._neuron = neuron
+        self._told: set[tuple[str, str]] = set()
+
+    def warnings(self, stats: SpikeStats, amplitudes: Tensor) -> list[str]:
+        """One line for each new fault: the site, the first timestep that has it, the value, and the remedy.
+
+        `stats` are of one step over all ranks, `amplitudes` [sites, T] those behind it.
+        """
+        if not self._site_names:
+            return []
+        rate = stats.firing_rate
+        found = self._tell(rate, rate < self.LEAST_RATE, "fires at {:.1%}: lower model.neuron.frequency")
+        found += self._tell(rate, rate > self.HIGHEST_RATE, "fires at {:.1%}: raise model.neuron.frequency")
+        if self._neuron.kind == "elastic":
+            found += self._elastic_faults(stats, amplitudes.double())
+        return found
+
+    def _elastic_faults(self, stats: SpikeStats, amplitudes: Tensor) -> list[str]:
+        saturated = stats.saturated_share
+        drift = amplitudes / (self._neuron.frequency * stats.mean_membrane)
+        is_far = (drift > self.MOST_DRIFT) | (drift < 1 / self.MOST_DRIFT)
+        if self._neuron.amplitude == "frozen":
+            remedy = "set model.neuron.amplitude tracked"
+        else:
+            remedy = "lower model.neuron.momentum or optimizer.learning_rate"
+        found = self._tell(saturated, saturated > self.MOST_SATURATED, "is saturated at {:.0%}: " + remedy)
+        return found + self._tell(drift, is_far, "has {:.2g} times the amplitude that fits its membrane: " + remedy)
+
+    def _tell(self, values: Tensor, is_ill: Tensor, text: str) -> list[str]:
+        """`text`, filled in, for each site that is ill at some timestep and of which it has not been told."""
+        lines = []
+        for site in is_ill.any(1).nonzero().flatten().tolist():
+            if (name := self._site_names[site], text) not in self._told:
+                self._told.add((name, text))
+                t = int(is_ill[site].nonzero()[0])
+                lines.append(f"{name}, timestep {t + 1}, {text.format(float(values[site, t]))}")
+        return lines
 
 
 class Throughput:
@@ -214,6 +292,9 @@ class _Progress:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
+
+    def show_warning(self, step: int, text: str) -> None:
+        self._print(f"step {step}/{self._total} warning: {text}")
 
     def show_evaluation(self, step: int, values: Values) -> None:
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))

@@ -31,6 +31,7 @@ class Run:
     folder: Path
     train: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
+    health: list[dict[str, Any]]
 
     @property
     def loss(self) -> str:
@@ -70,7 +71,7 @@ def load_run(folder: Path) -> Run:
         raise ValueError(
             f"{path} holds no held-out loss of tokens yet: wait for the run's first evaluation, or run it again"
         )
-    return Run(folder, train, heldout)
+    return Run(folder, train, heldout, [record for record in records if record["kind"] == "health"])
 
 
 def _token_loss(record: dict[str, Any]) -> str | None:
@@ -94,6 +95,7 @@ def describe(run: Run, twin: Run | None, plot: Path) -> str:
         [f"{run.folder}: {state}, at step {run.last_step}"],
         _loss_lines(run, twin),
         _firing_lines(run),
+        _health_lines(run),
         [_line("speed", _speed(run))],
         _places(run, plot),
         _next_steps(run, twin),
@@ -141,6 +143,11 @@ def _firing_lines(run: Run) -> list[str]:
         _line("firing rate, mean over sites", f"{first['firing_rate']:.3f}", f"{last['firing_rate']:.3f}"),
         _line("  lowest to highest site", _spread(first), _spread(last)),
     ]
+
+
+def _health_lines(run: Run) -> list[str]:
+    lines = [f"    from step {record['step']}: {text}" for record in run.health for text in record["warnings"]]
+    return [_line("neurons that hardly work", str(len(lines))), *lines] if lines else []
 
 
 def _spread(record: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from pipeline.ending import NonFiniteError
 from pipeline.engine import DeepSpeedEngine
 from pipeline.evaluation import firing_values, tally_batches
 from pipeline.loader import Batch
-from pipeline.metrics import Metrics, Throughput, peak_memory_bytes
+from pipeline.metrics import Metrics, SpikeHealth, Throughput, peak_memory_bytes
 from pipeline.objectives import count_targets, loss_sums
 from pipeline.stopping import StopRequest
 from pipeline.world import World
@@ -68,6 +68,7 @@ class Trainer:
         self.accumulation = accumulation_steps(config, world.size)
         self.stack = spiking_stack(engine.module)
         self.throughput = Throughput()
+        self.health = SpikeHealth(self.stack.site_names, self.stack.config.neuron)
 
     def run(self) -> TrainState:
         """Train up to the last step (or training.stop_after_step, or a request); returns where the run stands then."""
@@ -85,6 +86,7 @@ class Trainer:
             self.throughput.add(self.config.training.global_batch_size * batch.tensors["input_ids"].shape[1])
             if self._due(self.config.logging.every, last):
                 self.metrics.log_step(step, self._step_values(result))
+                self.metrics.log_health(step, self.health.warnings(result.stats, self.stack.amplitudes))
             stopped = step < last and self._is_stopped()
             with self.throughput.paused():
                 if stopped:  # first of all: there may not be time for more

@@ -3,9 +3,12 @@ import json
 import math
 
 import pytest
+import torch
 
+from models.amplitudes import SpikeStats
+from models.config import NeuronConfig
 from pipeline import metrics
-from pipeline.metrics import Metrics, Throughput, peak_memory_bytes, read_metrics
+from pipeline.metrics import Metrics, SpikeHealth, Throughput, peak_memory_bytes, read_metrics
 
 
 class RecordedStream(io.StringIO):
@@ -175,3 +178,61 @@ def test_throughput_counts_neither_pauses_nor_earlier_intervals(clock):
 
 def test_peak_memory_is_in_bytes():
     assert 2**24 < peak_memory_bytes() < 2**42
+
+
+SITES = ["layer0.qkv", "layer0.key"]
+
+
+def site_stats(*, membrane=0.5, rate=0.4, saturated=0.1):
+    """Statistics of two sites and timesteps over 1,000 elements each, sound but for layer0.key's second timestep."""
+    sums = torch.tensor([500.0, 1000.0, 200.0, 200.0, 100.0], dtype=torch.float64).repeat(2, 2, 1)
+    ill = [1000 * membrane, 1000, 500 * rate, 500 * rate, 1000 * saturated]
+    sums[1, 1] = torch.tensor(ill, dtype=torch.float64)
+    return SpikeStats(sums)
+
+
+ELASTIC = NeuronConfig(frequency=2.0, amplitude="tracked")
+AMPLITUDES = torch.ones(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("ill", "told"),
+    [
+        ({"rate": 0.01}, "fires at 1.0%: lower model.neuron.frequency"),
+        ({"rate": 0.97}, "fires at 97.0%: raise model.neuron.frequency"),
+        ({"saturated": 0.7}, "is saturated at 70%: lower model.neuron.momentum or optimizer.learning_rate"),
+        ({"membrane": 2.0}, "has 0.25 times the amplitude that fits its membrane: lower model.neuron.momentum or "),
+        ({"membrane": 0.1}, "has 5 times the amplitude that fits its membrane: lower model.neuron.momentum or "),
+    ],
+    ids=["silent", "busy", "saturated", "too small", "too large"],
+)
+def test_a_site_that_hardly_works_is_named_once(ill, told):
+    health = SpikeHealth(SITES, ELASTIC)
+    assert health.warnings(site_stats(), AMPLITUDES) == []
+    (line,) = health.warnings(site_stats(**ill), AMPLITUDES)
+    assert line.startswith(f"layer0.key, timestep 2, {told}")
+    assert health.warnings(site_stats(**ill), AMPLITUDES) == []
+
+
+def test_frozen_amplitudes_that_no_longer_fit_should_be_tracked():
+    health = SpikeHealth(SITES, NeuronConfig(frequency=2.0, amplitude="frozen"))
+    (line,) = health.warnings(site_stats(membrane=2.0), AMPLITUDES)
+    assert line.endswith("set model.neuron.amplitude tracked")
+
+
+def test_only_elastic_neurons_have_amplitudes_to_look_at():
+    ill = site_stats(saturated=0.9, membrane=50.0)
+    assert SpikeHealth(SITES, NeuronConfig(kind="lif")).warnings(ill, AMPLITUDES) == []
+    assert SpikeHealth([], NeuronConfig(kind="none")).warnings(SpikeStats.zeros(0, 1), torch.zeros(0, 1)) == []
+
+
+def test_health_is_written_and_shown(tmp_path, monkeypatch):
+    stream = RecordedStream(terminal=False)
+    monkeypatch.setattr("sys.stderr", stream)
+    log = quiet(tmp_path, progress=True)
+    log.log_health(3, [])
+    log.log_health(4, ["layer0.key, timestep 2, fires at 1.0%"])
+    assert read_metrics(log.path) == [
+        {"kind": "health", "step": 4, "warnings": ["layer0.key, timestep 2, fires at 1.0%"]}
+    ]
+    assert stream.writes == ["step 4/10 warning: layer0.key, timestep 2, fires at 1.0%\n"]

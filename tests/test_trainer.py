@@ -67,13 +67,16 @@ class Recorder:
     """Stands in for metrics and checkpoints alike: remembers what it was called with."""
 
     def __init__(self):
-        self.train, self.heldout, self.saved, self.nonfinite = [], [], [], []
+        self.train, self.heldout, self.health, self.saved, self.nonfinite = [], [], [], [], []
 
     def log_step(self, step, values):
         self.train.append((step, values))
 
     def log_evaluation(self, step, values):
         self.heldout.append((step, values))
+
+    def log_health(self, step, warnings):
+        self.health.append((step, warnings))
 
     def write_nonfinite(self, record):
         self.nonfinite.append(record)
@@ -196,6 +199,17 @@ def test_run_logs_evaluates_and_saves_when_due():
     assert values["loss"] == pytest.approx(values["masked_lm_loss"] + values["next_sentence_loss"])
     assert 0 < values["firing_rate"] < 1
     assert list(values["firing_rate_by_site"]) == spiking_stack(trainer.engine.module).site_names
+
+
+def test_sites_that_hardly_work_are_told_at_logged_steps():
+    trainer, recorder = make_trainer("elastic", total_steps=3)
+    trainer.config = replace(trainer.config, logging=replace(trainer.config.logging, every=1))
+    trainer.stack.amplitudes[-1] *= 1000
+    trainer.run()
+    lines = [(step, line) for step, told in recorder.health for line in told]
+    name = trainer.stack.site_names[-1]
+    silent, drift = [(step, line) for step, line in lines if line.startswith(f"{name}, timestep 1, ")]
+    assert silent[0] == drift[0] == 1 and "fires at 0.0%" in silent[1] and "times the amplitude" in drift[1]
 
 
 def test_a_fresh_model_is_calibrated_and_a_calibrated_one_is_not():

@@ -1,0 +1,105 @@
+"""What spiking layers learn, as a share of what ordinary layers learn on the same text.
+
+    python -m tests.bench.bench_learning                         (all: about an hour and a half on two cores)
+    python -m tests.bench.bench_learning --variants "tracked T=1" --seeds 0 --again
+    python -m tests.bench.bench_learning --report                (tables and plots anew from what is there)
+
+Every variant of tests.bench.learning.variants is a recipe with overrides, trained by pipeline/pretrain.py on the same
+rows in the same order, once for each seed, on one thread. What was measured before is not trained again, and what was
+interrupted goes on. Results are appended to learning.jsonl; tables and plots are made of that file alone.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.config import load_run_config
+from pipeline.corpus import build_missing_shards
+from pipeline.options import count
+from pipeline.stopping import StopRequest
+from tests.bench.learning.results import ROOT, append, measure, read_results
+from tests.bench.learning.tables import write_report
+from tests.bench.learning.variants import RECIPES, VARIANTS
+
+SEEDS = (0, 1, 2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing and write the report. Exit status 1 where a run has failed."""
+    options = _parse(arguments)
+    os.chdir(ROOT)
+    if not options.report and (failed := _train_missing(options)):
+        print(f"error: {', '.join(failed)}: see the .log beside the run in {options.output}", file=sys.stderr)
+        return 1
+    print(write_report(read_results()))
+    return 0
+
+
+def _train_missing(options: argparse.Namespace) -> list[str]:
+    """Train what was asked for and is not measured yet; returns the names of runs that failed."""
+    measured = set() if options.again else {(each.recipe, each.variant, each.seed) for each in read_results()}
+    runs = [
+        (recipe, variant, seed)
+        for recipe in options.recipes
+        for seed in options.seeds
+        for variant in options.variants
+        if (recipe, variant, seed) not in measured
+    ]
+    for recipe in dict.fromkeys(recipe for recipe, *_ in runs):
+        build_missing_shards(load_run_config(["--recipe", RECIPES[recipe]]).data, StopRequest())
+    with ThreadPoolExecutor(options.jobs) as pool:
+        names = pool.map(lambda run: _train(*run, options.output), runs)
+        return [name for name in names if name is not None]
+
+
+def _train(recipe: str, variant: str, seed: int, output: Path) -> str | None:
+    """Train a run to its end and append what it has learned; its name where it failed."""
+    name = f"{recipe}-{variant}-{seed}".replace(" ", "-").replace("=", "")
+    words = ["--recipe", RECIPES[recipe], "--seed", str(seed), *_overrides(recipe, variant)]
+    command = ["pipeline/pretrain.py", *words, "--name", name, "--output", str(output)]
+    # Runs side by side need ports of their own, and on few cores a thread each is the best use of them.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())}
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / f"{name}.log", "a", encoding="utf-8") as log:
+        ended = subprocess.run([sys.executable, *command], env=environment, stdout=log, stderr=log, check=False)
+    if ended.returncode != 0:
+        return name
+    append(result := measure(recipe, variant, seed, " ".join(command), output / name))
+    print(f"{name}: held-out loss {result.loss:.4f} nat, {result.tokens_per_second:,.0f} tokens/s", flush=True)
+    shutil.rmtree(output / name)
+    return None
+
+
+def _overrides(recipe: str, variant: str) -> list[str]:
+    config = load_run_config(["--recipe", RECIPES[recipe]])
+    return VARIANTS[variant].words(config.training.total_steps, config.schedule.warmup_steps)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    description, _, _ = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_learning", description=description)
+    add = parser.add_argument
+    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what is learned (default: both)")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="(default: all)")
+    add("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
+    add("--jobs", type=count, default=2, metavar="N", help="runs at once, a thread each (default: 2)")
+    add("--again", action="store_true", help="train what is measured already once more")
+    add("--report", action="store_true", help="train nothing")
+    add("--output", type=Path, default=Path("runs/learning"), help="folder of runs (default: runs/learning)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Tables and plots of what the runs in learning.jsonl have learned.
+
+R, the recovered share, is (L_none - L) / (L_none - L_twin), with held-out losses L of the same seed: what a variant's
+layers are worth as a share of what ordinary layers are worth.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from tests.bench.learning.results import ROOT, Result
+from tests.bench.learning.variants import EVERYTHING, NOTHING, VARIANTS
+
+FOLDER = ROOT / "tests" / "bench" / "learning"
+TABLES = FOLDER / "tables.md"
+
+Runs = dict[str, dict[int, Result]]
+"""One recipe's results by variant and seed."""
+
+
+def write_report(results: Sequence[Result]) -> str:
+    """Write tables.md and a plot for each recipe into this folder; returns the tables."""
+    sections = []
+    for recipe in dict.fromkeys(result.recipe for result in results):
+        runs = _by_variant(result for result in results if result.recipe == recipe)
+        sections.append(f"## {recipe}\n\n{describe(runs)}")
+        draw(runs, FOLDER / f"{recipe}.png")
+    TABLES.write_text(text := "\n".join(sections), encoding="utf-8")
+    return text
+
+
+def _by_variant(results: Iterable[Result]) -> Runs:
+    """In the order of VARIANTS, others behind; of a run that was repeated the last."""
+    runs: Runs = {name: {} for name in VARIANTS}
+    for result in results:
+        runs.setdefault(result.variant, {})[result.seed] = result
+    return {name: seeds for name, seeds in runs.items() if seeds}
+
+
+def recovered(runs: Runs, variant: str) -> list[float]:
+    """R of each seed for which both ends of the scale were measured on the same rows."""
+    shares = []
+    for seed, result in runs[variant].items():
+        ends = [runs.get(name, {}).get(seed) for name in (NOTHING, EVERYTHING)]
+        if all(end is not None and end.rows == result.rows for end in ends):
+            nothing, everything = (end.loss for end in ends)
+            shares.append((nothing - result.loss) / (nothing - everything))
+    return shares
+
+
+def describe(runs: Runs) -> str:
+    """The table, in Markdown: means over seeds, and standard deviations behind the sign."""
+    first = next(iter(runs[EVERYTHING].values())) if EVERYTHING in runs else None
+    columns = (
+        "",
+        "seeds",
+        "held-out loss, nat",
+        "R, %",
+        "firing rate",
+        "spikes/token",
+        "tokens, M",
+        "PFLOP",
+        "time/token",
+    )
+    rows = []
+    for name, seeds in runs.items():
+        results = list(seeds.values())
+        rows.append(
+            [
+                name,
+                str(len(results)),
+                _spread([result.loss for result in results], 3),
+                _spread([100 * share for share in recovered(runs, name)], 1),
+                _spread([result.firing_rate for result in results if result.firing_rate is not None], 3),
+                _spread([result.spikes_per_token for result in results if result.spikes_per_token is not None], 0),
+                f"{results[0].tokens / 1e6:.2f}",
+                f"{results[0].operations / 1e15:.3f}",
+                "-" if first is None else f"{_speed(runs[EVERYTHING]) / _speed(seeds):.2f}",
+            ]
+        )
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _speed(seeds: dict[int, Result]) -> float:
+    return statistics.median(result.tokens_per_second for result in seeds.values())
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """R against spikes and against operations, and the firing rate over the training."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (spikes, work, rates) = pyplot.subplots(1, 3, figsize=(18, 5.5), constrained_layout=True)
+    _draw_shares(spikes, runs, lambda result: result.spikes_per_token)
+    _draw_shares(work, runs, lambda result: result.operations / 1e15)
+    spikes.set(xlabel="spikes per token", ylabel="recovered share R, %", title="what a spike buys")
+    work.set(xlabel="training, PFLOP", ylabel="recovered share R, %", title="what computation buys", xscale="log")
+    for name, seeds in runs.items():
+        curve = next(iter(seeds.values())).rates
+        if curve:
+            rates.plot(*zip(*curve, strict=True), label=name)
+    rates.set(xlabel="step", ylabel="firing rate, mean over sites", title="firing while training")
+    rates.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _draw_shares(axes: Any, runs: Runs, across: Callable[[Result], float | None]) -> None:
+    for name, seeds in runs.items():
+        shares, place = [100 * share for share in recovered(runs, name)], across(next(iter(seeds.values())))
+        if place is None or not shares:
+            continue
+        spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
+        axes.errorbar(place, statistics.mean(shares), yerr=spread, fmt="o", capsize=3)
+        axes.annotate(name, (place, statistics.mean(shares)), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.grid(alpha=0.3)
