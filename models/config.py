@@ -14,17 +14,29 @@ from transformers.activations import ACT2FN
 
 DEFAULT_LEAK = {"elastic": 0.25, "lif": 0.5, "none": None}
 
+NEURON_PRESETS: dict[str | None, dict[str, Any]] = {
+    # What learned best for its spikes where variants were compared: tests/bench/README.md.
+    None: {"frequency": 1.2, "amplitude": "tracked", "reset": "normalized", "count_padding": False},
+    # Xing et al. 2024, as their released code has it.
+    "released": {"frequency": 2.0, "amplitude": "frozen", "reset": "released", "count_padding": True},
+}
+"""What fields of NeuronConfig are where they are unset, by its `preset`."""
+
 
 @dataclass(frozen=True)
 class NeuronConfig:
     """What stands in front of every linear layer.
 
-    Equations are in `models.neuron`. Fields left at None are filled in by the kind of neuron.
+    Equations are in `models.neuron`. Fields left at None are filled in by the kind of neuron and by `preset`.
     Raises ValueError, naming the field and its value, for a combination that cannot work.
     """
 
     kind: Literal["elastic", "lif", "none"] = "elastic"
     """elastic: ternary spikes times an amplitude; lif: binary leaky integrate-and-fire; none: ordinary transformer."""
+
+    preset: Literal["released"] | None = None
+    """released: fields that are unset take the published settings (frequency 2, amplitude frozen, reset released,
+    padding counted); unset: what has learned best."""
 
     num_timesteps: int | None = None
     """Spike timesteps T. Unset: 4, or 1 for kind none."""
@@ -32,24 +44,33 @@ class NeuronConfig:
     leak: float | None = None
     """Share of the membrane that a timestep hands on. Unset: 0.25 (elastic), 0.5 (lif), none (none)."""
 
-    frequency: float = 2.0
-    """k in alpha = k * mean|m|: a neuron fires where |m| > k/2 * mean|m|, so a larger k means fewer spikes."""
+    frequency: float | None = None
+    """k in alpha = k * mean|m|: a neuron fires where |m| > k/2 * mean|m|, so a larger k means fewer spikes. Unset:
+    1.2."""
 
-    amplitude: Literal["frozen", "tracked"] = "tracked"
-    """frozen: the calibrated alpha for ever, as released; tracked: a running mean of k * mean|m|, moved once a step."""
+    amplitude: Literal["frozen", "tracked"] | None = None
+    """frozen: the calibrated alpha for ever; tracked: a running mean of k * mean|m|, moved once a step. Unset:
+    tracked."""
 
     momentum: float = 0.99
     """Share of the old alpha that a tracked amplitude keeps at each optimizer step."""
 
-    reset: Literal["released", "normalized"] = "released"
-    """What a spike leaves of the membrane: m*leak*(alpha-o) (released, for T <= 4); m*leak*(1-|s|) (normalized)."""
+    reset: Literal["released", "normalized"] | None = None
+    """What a spike leaves of the membrane: m*leak*(1-|s|) (normalized); m*leak*(alpha-o) (released, for T <= 4). Unset:
+    normalized."""
 
-    count_padding: bool = False
-    """Whether padding counts in amplitudes and firing rates, as it did in the released code (parity only)."""
+    count_padding: bool | None = None
+    """Whether padding counts in amplitudes and firing rates, as it did in the released code (parity only). Unset:
+    no."""
 
     def __post_init__(self) -> None:
         if self.kind not in DEFAULT_LEAK:
             raise ValueError(f"neuron.kind is {self.kind!r}: use one of {', '.join(DEFAULT_LEAK)}")
+        if self.preset not in NEURON_PRESETS:
+            raise ValueError(f"neuron.preset is {self.preset!r}: use released, or leave it out")
+        for name, value in NEURON_PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if self.num_timesteps is None:
             object.__setattr__(self, "num_timesteps", 1 if self.kind == "none" else 4)
         if self.leak is None:
@@ -160,7 +181,8 @@ class SpikeLMConfig(PreTrainedConfig):
     """One stack of spiking layers in the shape of its family, with transformers' names for everything both have.
 
     Fields left at None are filled in by the family where it has them, and stay None where it has not.
-    `neuron` may be given as a NeuronConfig or as a dict of its fields; config.json holds the dict.
+    `neuron` may be given as a NeuronConfig, a dict of its fields, or the name of a preset of its own; config.json
+    holds the dict.
     Raises ValueError, naming field and value, for a shape, activation, padding token or field that cannot work.
     """
 
@@ -196,7 +218,7 @@ class SpikeLMConfig(PreTrainedConfig):
     position_init: Literal["normal", "sinusoidal"] | None = None
     rope_parameters: dict[str, Any] | None = None  # rope_type, rope_theta and more, as in transformers
     tie_word_embeddings: bool = True
-    neuron: NeuronConfig | dict | None = None
+    neuron: NeuronConfig | dict | str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.neuron, NeuronConfig):
@@ -284,7 +306,9 @@ class SpikeLMConfig(PreTrainedConfig):
         return self.neuron.num_timesteps
 
 
-def _neuron_of(settings: dict[str, Any]) -> NeuronConfig:
+def _neuron_of(settings: dict[str, Any] | str) -> NeuronConfig:
+    if isinstance(settings, str):
+        return NeuronConfig(preset=settings)
     known = [field.name for field in fields(NeuronConfig)]
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"neuron has no field {', '.join(unknown)}: known are {', '.join(known)}")
@@ -363,7 +387,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str, *, neuron: NeuronConfig | dict | None = None, **overrides: Any) -> SpikeLMConfig:
+def preset(name: str, *, neuron: NeuronConfig | dict | str | None = None, **overrides: Any) -> SpikeLMConfig:
     """The configuration of that name in PRESETS, with fields replaced by `overrides`; ValueError if unknown."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: known are {', '.join(PRESETS)}")

@@ -2,11 +2,13 @@
 
     python -m tests.bench.bench_learning                         (all: about an hour and a half on two cores)
     python -m tests.bench.bench_learning --variants "tracked T=1" --seeds 0 --again
+    python -m tests.bench.bench_learning --time                  (what a step costs, all variants side by side)
     python -m tests.bench.bench_learning --report                (tables and plots anew from what is there)
 
 Every variant of tests.bench.learning.variants is a recipe with overrides, trained by pipeline/pretrain.py on the same
 rows in the same order, once for each seed, on one thread. What was measured before is not trained again, and what was
-interrupted goes on. Results are appended to learning.jsonl; tables and plots are made of that file alone.
+interrupted goes on. Results are appended to learning.jsonl, times are in learning/times.json; tables and plots are made
+of these files alone.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from pipeline.options import count
 from pipeline.stopping import StopRequest
 from tests.bench.learning.results import ROOT, append, measure, read_results
 from tests.bench.learning.tables import write_report
-from tests.bench.learning.variants import RECIPES, VARIANTS
+from tests.bench.learning.timing import measure_times
+from tests.bench.learning.variants import RECIPES, VARIANTS, command_line
 
 SEEDS = (0, 1, 2)
 
@@ -34,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing and write the report. Exit status 1 where a run has failed."""
     options = _parse(arguments)
     os.chdir(ROOT)
-    if not options.report and (failed := _train_missing(options)):
+    if options.time:
+        measure_times(options.recipes)
+    elif not options.report and (failed := _train_missing(options)):
         print(f"error: {', '.join(failed)}: see the .log beside the run in {options.output}", file=sys.stderr)
         return 1
     print(write_report(read_results()))
@@ -52,7 +57,7 @@ def _train_missing(options: argparse.Namespace) -> list[str]:
         if (recipe, variant, seed) not in measured
     ]
     for recipe in dict.fromkeys(recipe for recipe, *_ in runs):
-        build_missing_shards(load_run_config(["--recipe", RECIPES[recipe]]).data, StopRequest())
+        build_missing_shards(load_run_config(["--recipe", RECIPES[recipe]]).data, StopRequest())  # once, for all runs
     with ThreadPoolExecutor(options.jobs) as pool:
         names = pool.map(lambda run: _train(*run, options.output), runs)
         return [name for name in names if name is not None]
@@ -61,8 +66,8 @@ def _train_missing(options: argparse.Namespace) -> list[str]:
 def _train(recipe: str, variant: str, seed: int, output: Path) -> str | None:
     """Train a run to its end and append what it has learned; its name where it failed."""
     name = f"{recipe}-{variant}-{seed}".replace(" ", "-").replace("=", "")
-    words = ["--recipe", RECIPES[recipe], "--seed", str(seed), *_overrides(recipe, variant)]
-    command = ["pipeline/pretrain.py", *words, "--name", name, "--output", str(output)]
+    settings = command_line(recipe, variant, "--seed", str(seed), "--name", name, "--output", str(output))
+    command = ["pipeline/pretrain.py", *settings]
     # Runs side by side need ports of their own, and on few cores a thread each is the best use of them.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())}
     output.mkdir(parents=True, exist_ok=True)
@@ -71,14 +76,9 @@ def _train(recipe: str, variant: str, seed: int, output: Path) -> str | None:
     if ended.returncode != 0:
         return name
     append(result := measure(recipe, variant, seed, " ".join(command), output / name))
-    print(f"{name}: held-out loss {result.loss:.4f} nat, {result.tokens_per_second:,.0f} tokens/s", flush=True)
+    print(f"{name}: held-out loss {result.loss:.4f} nat", flush=True)
     shutil.rmtree(output / name)
     return None
-
-
-def _overrides(recipe: str, variant: str) -> list[str]:
-    config = load_run_config(["--recipe", RECIPES[recipe]])
-    return VARIANTS[variant].words(config.training.total_steps, config.schedule.warmup_steps)
 
 
 def _free_port() -> int:
@@ -96,6 +96,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
     add("--jobs", type=count, default=2, metavar="N", help="runs at once, a thread each (default: 2)")
     add("--again", action="store_true", help="train what is measured already once more")
+    add("--time", action="store_true", help="train nothing, but measure what a step of each variant costs")
     add("--report", action="store_true", help="train nothing")
     add("--output", type=Path, default=Path("runs/learning"), help="folder of runs (default: runs/learning)")
     return parser.parse_args(arguments)

@@ -1,7 +1,6 @@
 """learning.jsonl: one line for every run, from which all tables and plots are made."""
 
 import json
-import statistics
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data_prep.manifest import Manifest
-from pipeline.config import load_run_config
+from pipeline.config import RunConfig, load_run_config
 from pipeline.footprint import Data, step_work
 from pipeline.report import load_run
 
@@ -36,9 +35,6 @@ class Result:
     operations: float
     """Floating-point operations of the training (pipeline.footprint.step_work)."""
 
-    tokens_per_second: float
-    """Of one thread, the median over the logged steps."""
-
     loss: float
     """At the end, of held-out rows, in nats per target."""
 
@@ -55,9 +51,8 @@ def measure(recipe: str, variant: str, seed: int, command: str, folder: Path) ->
     """The result of the finished run in `folder`."""
     run = load_run(folder)
     config = load_run_config(["--recipe", str(folder / "recipe.yaml")])
-    manifest = Manifest.load(Path(config.data.shards))
+    manifest, data = Manifest.load(Path(config.data.shards)), sizes(config)
     training, last = config.training, run.heldout[-1]
-    data = Data(manifest.vocab_size, config.data.sample_length or manifest.row_length)
     return Result(
         recipe=recipe,
         variant=variant,
@@ -68,13 +63,18 @@ def measure(recipe: str, variant: str, seed: int, command: str, folder: Path) ->
         rows=" ".join(manifest.indexes[split] for split in sorted(manifest.indexes)),
         tokens=training.total_steps * training.global_batch_size * data.sample_length,
         operations=step_work(config, data).total * training.total_steps,
-        tokens_per_second=statistics.median(record["tokens_per_second"] for record in run.train),
         loss=last[run.loss],
         unigram_entropy=last["unigram_entropy"],
         firing_rate=last.get("firing_rate"),
         spikes_per_token=last.get("spikes_per_token"),
         rates=[(record["step"], record["firing_rate"]) for record in run.train if "firing_rate" in record],
     )
+
+
+def sizes(config: RunConfig) -> Data:
+    """Of the shards that the recipe names."""
+    manifest = Manifest.load(Path(config.data.shards))
+    return Data(manifest.vocab_size, config.data.sample_length or manifest.row_length)
 
 
 def append(result: Result) -> None:

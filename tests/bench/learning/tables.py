@@ -5,13 +5,14 @@ layers are worth as a share of what ordinary layers are worth.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 from tests.bench.learning.results import ROOT, Result
+from tests.bench.learning.timing import read_times
 from tests.bench.learning.variants import EVERYTHING, NOTHING, VARIANTS
 
 FOLDER = ROOT / "tests" / "bench" / "learning"
@@ -23,10 +24,10 @@ Runs = dict[str, dict[int, Result]]
 
 def write_report(results: Sequence[Result]) -> str:
     """Write tables.md and a plot for each recipe into this folder; returns the tables."""
-    sections = []
+    sections, times = [], read_times()
     for recipe in dict.fromkeys(result.recipe for result in results):
         runs = _by_variant(result for result in results if result.recipe == recipe)
-        sections.append(f"## {recipe}\n\n{describe(runs)}")
+        sections.append(f"## {recipe}\n\n{describe(runs, times.get(recipe, {}))}")
         draw(runs, FOLDER / f"{recipe}.png")
     TABLES.write_text(text := "\n".join(sections), encoding="utf-8")
     return text
@@ -51,9 +52,8 @@ def recovered(runs: Runs, variant: str) -> list[float]:
     return shares
 
 
-def describe(runs: Runs) -> str:
+def describe(runs: Runs, times: Mapping[str, float | str]) -> str:
     """The table, in Markdown: means over seeds, and standard deviations behind the sign."""
-    first = next(iter(runs[EVERYTHING].values())) if EVERYTHING in runs else None
     columns = (
         "",
         "seeds",
@@ -62,7 +62,7 @@ def describe(runs: Runs) -> str:
         "firing rate",
         "spikes/token",
         "tokens, M",
-        "PFLOP",
+        "TFLOP",
         "time/token",
     )
     rows = []
@@ -77,16 +77,12 @@ def describe(runs: Runs) -> str:
                 _spread([result.firing_rate for result in results if result.firing_rate is not None], 3),
                 _spread([result.spikes_per_token for result in results if result.spikes_per_token is not None], 0),
                 f"{results[0].tokens / 1e6:.2f}",
-                f"{results[0].operations / 1e15:.3f}",
-                "-" if first is None else f"{_speed(runs[EVERYTHING]) / _speed(seeds):.2f}",
+                f"{results[0].operations / 1e12:.1f}",
+                f"{times[name]:.2f}" if name in times else "-",
             ]
         )
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-
-
-def _speed(seeds: dict[int, Result]) -> float:
-    return statistics.median(result.tokens_per_second for result in seeds.values())
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -103,15 +99,16 @@ def draw(runs: Runs, path: Path) -> None:
 
     figure, (spikes, work, rates) = pyplot.subplots(1, 3, figsize=(18, 5.5), constrained_layout=True)
     _draw_shares(spikes, runs, lambda result: result.spikes_per_token)
-    _draw_shares(work, runs, lambda result: result.operations / 1e15)
+    _draw_shares(work, runs, lambda result: result.operations / 1e12)
     spikes.set(xlabel="spikes per token", ylabel="recovered share R, %", title="what a spike buys")
-    work.set(xlabel="training, PFLOP", ylabel="recovered share R, %", title="what computation buys", xscale="log")
+    work.set(xlabel="training, TFLOP", ylabel="recovered share R, %", title="what computation buys", xscale="log")
     for name, seeds in runs.items():
         curve = next(iter(seeds.values())).rates
         if curve:
             rates.plot(*zip(*curve, strict=True), label=name)
     rates.set(xlabel="step", ylabel="firing rate, mean over sites", title="firing while training")
-    rates.legend(fontsize=8)
+    if rates.lines:
+        rates.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

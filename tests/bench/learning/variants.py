@@ -2,40 +2,54 @@
 
 from dataclasses import dataclass
 
+from pipeline.config import RunConfig, load_run_config
+
 RECIPES = {"causal": "tests/bench/learning/causal.yaml", "masked": "tests/bench/learning/masked.yaml"}
 """What is learned: every next token by a decoder, masked tokens by an encoder."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table."""
-
-    overrides: str
-    """Words of the command line."""
-
-    steps: int = 1
-    """Times the recipe's steps: the same computation for a model that costs less."""
-
-    def words(self, total_steps: int, warmup_steps: int) -> list[str]:
-        """The overrides, longer schedules spelled out."""
-        longer = (
-            f"--training.total_steps {self.steps * total_steps} --schedule.warmup_steps {self.steps * warmup_steps}"
-        )
-        return [*self.overrides.split(), *(longer.split() if self.steps > 1 else ())]
-
-
-RELEASED = "--model.neuron.amplitude frozen --model.neuron.reset released"
-TRACKED = "--model.neuron.amplitude tracked --model.neuron.reset released"
 
 NOTHING, EVERYTHING = "no layers", "twin"
 """What the recovered share is measured between: embeddings and head alone, and ordinary layers."""
 
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: overrides of a recipe, and how many times its steps are trained."""
+
+    overrides: str
+    length: int = 1
+
+
+_RELEASED = "--model.neuron.preset released --model.neuron.num_timesteps"
+_TRACKED = (
+    "--model.neuron.frequency 2 --model.neuron.reset released --model.neuron.amplitude tracked "
+    "--model.neuron.num_timesteps"
+)
+_DEFAULT = "--model.neuron.num_timesteps"
+
 VARIANTS = {
     NOTHING: Variant("--model.neuron.kind none --model.overrides.num_hidden_layers 0"),
     EVERYTHING: Variant("--model.neuron.kind none"),
-    "lif": Variant("--model.neuron.kind lif --model.neuron.num_timesteps 4"),
-    "released T=1": Variant(f"{RELEASED} --model.neuron.num_timesteps 1"),
-    "released T=4": Variant(f"{RELEASED} --model.neuron.num_timesteps 4"),
-    "tracked T=1": Variant(f"{TRACKED} --model.neuron.num_timesteps 1"),
-    "tracked T=4": Variant(f"{TRACKED} --model.neuron.num_timesteps 4"),
+    "lif T=4": Variant("--model.neuron.kind lif --model.neuron.num_timesteps 4"),
+    "released T=1": Variant(f"{_RELEASED} 1"),
+    "released T=4": Variant(f"{_RELEASED} 4"),
+    "tracked T=1": Variant(f"{_TRACKED} 1"),
+    "tracked T=4": Variant(f"{_TRACKED} 4"),
+    "default T=1": Variant(f"{_DEFAULT} 1"),
+    "default T=4": Variant(f"{_DEFAULT} 4"),
+    "default T=1, 4 x tokens": Variant(f"{_DEFAULT} 1", length=4),
 }
+
+
+def command_line(recipe: str, variant: str, *more: str) -> list[str]:
+    """What pipeline/pretrain.py is called with for a row of a recipe's table."""
+    words = ["--recipe", RECIPES[recipe], *VARIANTS[variant].overrides.split(), *more]
+    if (length := VARIANTS[variant].length) > 1:
+        base = load_run_config(words)
+        words += ["--training.total_steps", str(length * base.training.total_steps)]
+        words += ["--schedule.warmup_steps", str(length * base.schedule.warmup_steps)]
+    return words
+
+
+def run_config(recipe: str, variant: str) -> RunConfig:
+    """The settings of a row of a recipe's table."""
+    return load_run_config(command_line(recipe, variant))
