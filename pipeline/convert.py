@@ -25,7 +25,7 @@ from pipeline.documents import text_documents
 from pipeline.evaluation import Tally, firing_values, perplexity, strided_windows, tally_batches, window_batches
 from pipeline.model_card import CODE, DECODER_USAGE, block, table
 from pipeline.model_folder import CARD, DTYPES, ExportError, refuse_to_replace, write_model_folder
-from pipeline.options import bounded, count, usable_device
+from pipeline.options import bounded, count, positive, usable_device
 
 LOSSES = ("causal_lm",)
 
@@ -37,10 +37,8 @@ def convert(options: argparse.Namespace) -> str:
     refuse_to_replace(options.output, options.overwrite)
     settings, tokenizer = read_json(options.llama / "config.json"), load_tokenizer(options.llama)
     tensors = CheckpointTensors(options.llama)
-    neuron, device = (
-        NeuronConfig(num_timesteps=options.num_timesteps, reset=options.reset),
-        usable_device(options.device),
-    )
+    neuron = NeuronConfig(num_timesteps=options.num_timesteps, frequency=options.frequency, reset=options.reset)
+    device = usable_device(options.device)
     batches = _batches(options, tokenizer, settings, device)
     ordinary = SpikeLMForCausalLM(llama_config(settings, NeuronConfig(kind="none"))).eval()
     if vocabulary_size(tokenizer) > ordinary.config.vocab_size:
@@ -88,8 +86,8 @@ def describe(
     rates, neuron = firing_values(spiking_stack(model), after.stats), model.config.neuron
     done = (
         f"The weights of {options.llama.name} with elastic spiking neurons over {neuron.num_timesteps} timesteps "
-        f"(reset {neuron.reset}) before every linear layer. Their amplitudes were measured on the first "
-        f"{calibrated_on} windows of {', '.join(options.text)}, these losses, in fp32, on "
+        f"(frequency {neuron.frequency}, reset {neuron.reset}) before every linear layer. Their amplitudes were "
+        f"measured on the first {calibrated_on} windows of {', '.join(options.text)}, these losses, in fp32, on "
         f"{int(before.sums[0, 0]):,} tokens of it:"
     )
     measured = table(("", "before, without spikes", "after, with spikes"), rows)
@@ -108,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", action="append", required=True, help="text to measure on, as data_prep reads it")
     parser.add_argument("--text-field", default="text", help="key of the text in a JSON line (default: text)")
     parser.add_argument("--num-timesteps", type=count, default=4, metavar="T", help="spike timesteps (default: 4)")
-    parser.add_argument("--reset", choices=("released", "normalized"), default="released", help="of the membranes")
+    parser.add_argument("--frequency", type=positive, metavar="K", help="larger: fewer spikes (default: the neuron's)")
+    parser.add_argument("--reset", choices=("released", "normalized"), help="of the membranes (default: the neuron's)")
     parser.add_argument("--window", type=length, default=512, help="tokens of a window (default: 512)")
     parser.add_argument("--windows", type=count, default=64, help="windows to measure on at most (default: 64)")
     parser.add_argument("--batch-size", type=count, default=16, help="windows at once (default: 16)")

@@ -17,6 +17,20 @@ def test_the_kind_of_neuron_fills_in_timesteps_and_leak(kind, timesteps, leak):
     assert NeuronConfig(kind=kind, num_timesteps=1, leak=0.1).leak == 0.1
 
 
+def test_one_word_names_the_published_neuron():
+    released = NeuronConfig(preset="released")
+    assert (released.frequency, released.amplitude, released.reset, released.count_padding) == (
+        2.0,
+        "frozen",
+        "released",
+        True,
+    )
+    assert (released.num_timesteps, released.leak) == (4, 0.25)
+    assert SpikeLMConfig(neuron="released").neuron == preset("encoder-tiny", neuron="released").neuron == released
+    assert NeuronConfig(preset="released", num_timesteps=1, reset="normalized").reset == "normalized"
+    assert SpikeLMConfig(neuron=SpikeLMConfig(neuron="released").to_dict()["neuron"]).neuron == released
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -30,6 +44,7 @@ def test_the_kind_of_neuron_fills_in_timesteps_and_leak(kind, timesteps, leak):
         ({"frequency": math.inf}, "neuron.frequency is inf"),
         ({"momentum": 1.0}, "neuron.momentum is 1.0"),
         ({"amplitude": "wild"}, "neuron.amplitude is 'wild': use frozen or tracked"),
+        ({"preset": "publishd"}, "neuron.preset is 'publishd': use released, or leave it out"),
         ({"reset": "hard"}, "neuron.reset is 'hard': use released or normalized"),
     ],
 )
@@ -44,7 +59,7 @@ def test_all_faults_of_a_neuron_are_told_together():
 
 
 def test_an_unknown_field_of_the_neuron_is_refused():
-    with pytest.raises(ValueError, match="neuron has no field timesteps: known are kind, num_timesteps"):
+    with pytest.raises(ValueError, match="neuron has no field timesteps: known are kind, preset, num_timesteps"):
         SpikeLMConfig(neuron={"timesteps": 4})
 
 
