@@ -11,7 +11,7 @@ INSTALLED := .venv/installed
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help install pretrain test lint chaos bench clean
+.PHONY: help install pretrain test lint chaos bench learning clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ bench: $(INSTALLED)  ## print times and memory of layer, checkpointing, plans an
 	python -m tests.bench.bench_checkpointing
 	python -m tests.bench.bench_plan
 	python -m tests.bench.bench_loader
+
+learning: $(INSTALLED)  ## train what the learning benchmark lacks (an hour or two), then print its tables
+	@. launch/env.sh
+	python -m tests.bench.bench_learning
 
 clean:  ## remove caches and build leftovers; .venv, data/ and runs/ stay
 	@rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

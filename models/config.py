@@ -16,7 +16,7 @@ DEFAULT_LEAK = {"elastic": 0.25, "lif": 0.5, "none": None}
 
 NEURON_PRESETS: dict[str | None, dict[str, Any]] = {
     # What learned best for its spikes where variants were compared: tests/bench/README.md.
-    None: {"frequency": 1.2, "amplitude": "tracked", "reset": "normalized", "count_padding": False},
+    None: {"frequency": 1.4, "amplitude": "tracked", "reset": "normalized", "count_padding": False},
     # Xing et al. 2024, as their released code has it.
     "released": {"frequency": 2.0, "amplitude": "frozen", "reset": "released", "count_padding": True},
 }
@@ -46,7 +46,7 @@ class NeuronConfig:
 
     frequency: float | None = None
     """k in alpha = k * mean|m|: a neuron fires where |m| > k/2 * mean|m|, so a larger k means fewer spikes. Unset:
-    1.2."""
+    1.4."""
 
     amplitude: Literal["frozen", "tracked"] | None = None
     """frozen: the calibrated alpha for ever; tracked: a running mean of k * mean|m|, moved once a step. Unset:

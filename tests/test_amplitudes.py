@@ -64,7 +64,9 @@ class BruteForce:
         for t, x_t in enumerate(x):
             m = x_t if memoryless else carry + x_t
             elements = m[self.counted]
-            alpha = 2 * elements.abs().mean() if self.given is None else self.given[site, t].double()
+            alpha = (
+                self.config.frequency * elements.abs().mean() if self.given is None else self.given[site, t].double()
+            )
             s = (m / alpha).round().clamp(-1, 1)
             carry = m * 0.25 * (alpha - s * alpha if self.config.reset == "released" else 1 - s.abs())
             spikes = s[self.counted]

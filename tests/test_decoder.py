@@ -214,7 +214,7 @@ def test_calibration_measures_each_site_on_what_its_forerunners_fire():
     model = ready_decoder(batch=batch)
     stack = model.model.stack
     assert stack.amplitudes.shape == (12, 4) and stack.site_names[:6] == [f"layer0.{site}" for site in SITES]
-    measured = 2 * SpikeStats(model(**batch).spike_stats).mean_membrane
+    measured = model.config.neuron.frequency * SpikeStats(model(**batch).spike_stats).mean_membrane
     torch.testing.assert_close(measured.float(), stack.amplitudes, rtol=1e-6, atol=0)
     elsewhere = ready_decoder(batch={"input_ids": token_ids(seed=8)})
     assert not torch.allclose(elsewhere.model.stack.amplitudes, stack.amplitudes, rtol=1e-3)

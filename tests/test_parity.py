@@ -16,7 +16,7 @@ from models.neuron import run_neuron
 from models.warm_start import bert_names, load_bert
 
 GOLDEN = Path(__file__).parent / "golden"
-RELEASED = {"kind": "elastic", "amplitude": "frozen", "reset": "released", "count_padding": True}
+RELEASED = {"preset": "released"}
 NEURON = np.load(GOLDEN / "neuron.npz")
 
 

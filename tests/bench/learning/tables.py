@@ -24,21 +24,25 @@ Runs = dict[str, dict[int, Result]]
 
 def write_report(results: Sequence[Result]) -> str:
     """Write tables.md and a plot for each recipe into this folder; returns the tables."""
-    sections, times = [], read_times()
-    for recipe in dict.fromkeys(result.recipe for result in results):
-        runs = _by_variant(result for result in results if result.recipe == recipe)
-        sections.append(f"## {recipe}\n\n{describe(runs, times.get(recipe, {}))}")
+    by_recipe = group(results)
+    for recipe, runs in by_recipe.items():
         draw(runs, FOLDER / f"{recipe}.png")
-    TABLES.write_text(text := "\n".join(sections), encoding="utf-8")
+    TABLES.write_text(text := tables(by_recipe, read_times()), encoding="utf-8")
     return text
 
 
-def _by_variant(results: Iterable[Result]) -> Runs:
-    """In the order of VARIANTS, others behind; of a run that was repeated the last."""
-    runs: Runs = {name: {} for name in VARIANTS}
+def group(results: Iterable[Result]) -> dict[str, Runs]:
+    """By recipe; variants in the order of VARIANTS, others behind; of a run that was repeated the last."""
+    by_recipe: dict[str, Runs] = {}
     for result in results:
+        runs = by_recipe.setdefault(result.recipe, {name: {} for name in VARIANTS})
         runs.setdefault(result.variant, {})[result.seed] = result
-    return {name: seeds for name, seeds in runs.items() if seeds}
+    return {recipe: {name: seeds for name, seeds in runs.items() if seeds} for recipe, runs in by_recipe.items()}
+
+
+def tables(by_recipe: Mapping[str, Runs], times: Mapping[str, Mapping[str, float | str]]) -> str:
+    """One section for each recipe."""
+    return "\n".join(f"## {name}\n\n{describe(runs, times.get(name, {}))}" for name, runs in by_recipe.items())
 
 
 def recovered(runs: Runs, variant: str) -> list[float]:
