@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice
 
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -73,8 +74,13 @@ def _continues_words(tokenizer: Tokenizer, character: str) -> bool:
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
 
 
-def train_sentencepiece(texts: Texts, vocab_size: int, lowercase: bool) -> tuple[PreTrainedTokenizerFast, bytes]:
+def train_sentencepiece(
+    texts: Texts, vocab_size: int, lowercase: bool, *, prefix: bool = True
+) -> tuple[PreTrainedTokenizerFast, bytes]:
     """A unigram SentencePiece tokenizer with byte fallback, and the .model file of the sentencepiece library.
+
+    With `prefix` a space is put before every text that is encoded, and taken off what is decoded: the first word is
+    the piece that it is elsewhere. Without, what a decoder writes can be decoded alone and put behind its prompt.
 
     Raises:
         ValueError: the texts do not yield `vocab_size` pieces, or need more.
@@ -107,10 +113,13 @@ def train_sentencepiece(texts: Texts, vocab_size: int, lowercase: bool) -> tuple
         )
     except RuntimeError as error:
         raise ValueError(f"vocab_size: {vocab_size}: sentencepiece says: {error}") from None
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    tokenizer = _from_sentencepiece(processor, lowercase)
+    proto = ModelProto.FromString(model.getvalue())
+    proto.normalizer_spec.add_dummy_prefix = prefix
+    serialized = proto.SerializeToString(deterministic=True)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
+    tokenizer = _from_sentencepiece(processor, lowercase, prefix)
     _check_equal(tokenizer, processor, list(islice(_sentences(texts, lowercase), CHECKED_SENTENCES)))
-    return tokenizer, model.getvalue()
+    return tokenizer, serialized
 
 
 def _sentences(texts: Texts, lowercase: bool) -> Iterator[str]:
@@ -118,7 +127,9 @@ def _sentences(texts: Texts, lowercase: bool) -> Iterator[str]:
     return map(normalizers.Lowercase().normalize_str, sentences) if lowercase else sentences
 
 
-def _from_sentencepiece(processor: sentencepiece.SentencePieceProcessor, lowercase: bool) -> PreTrainedTokenizerFast:
+def _from_sentencepiece(
+    processor: sentencepiece.SentencePieceProcessor, lowercase: bool, prefix: bool
+) -> PreTrainedTokenizerFast:
     """The same segmentation by the `tokenizers` library."""
     # sentencepiece leaves special and byte pieces out of its search. `tokenizers` has no way to, but does not choose
     # a piece that is so improbable.
@@ -127,11 +138,11 @@ def _from_sentencepiece(processor: sentencepiece.SentencePieceProcessor, lowerca
     scores = [-1e6 if excluded[i] else processor.get_score(i) for i in range(size)]
     pieces = [(processor.id_to_piece(i), score) for i, score in enumerate(scores)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
-    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *spaces] if lowercase else spaces)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [normalizers.Lowercase()] if lowercase else []
+    steps += [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return _transformers_tokenizer(tokenizer, SENTENCEPIECE_SPECIAL, bos_token="<s>", eos_token="</s>")
 
 

@@ -78,7 +78,8 @@ def train(settings: TokenizerSettings) -> None:
         if settings.kind == "wordpiece":
             tokenizer, model = train_wordpiece(texts, settings.vocab_size, settings.lowercase), None
         else:
-            tokenizer, model = train_sentencepiece(texts, settings.vocab_size, settings.lowercase)
+            prefix = settings.template == "pairs"
+            tokenizer, model = train_sentencepiece(texts, settings.vocab_size, settings.lowercase, prefix=prefix)
     if settings.template == "causal":
         tokenizer = causal_tokenizer(tokenizer)
     save(output, tokenizer, model, origin)

@@ -156,6 +156,18 @@ def test_a_causal_tokenizer_adds_the_begin_of_text_alone(kind, wordpiece, unigra
     assert document_frame(causal) == ((causal.bos_token_id,), causal.eos_token_id)
 
 
+def test_without_a_prefix_what_follows_is_decoded_alone(prose, tmp_path):
+    tokenizer, model = train_sentencepiece(lambda: iter(prose(40)), 400, lowercase=False, prefix=False)
+    causal_tokenizer(tokenizer).save_pretrained(tmp_path)
+    causal = load_tokenizer(tmp_path)
+    text = "the old house, and the old river"
+    ids = causal(text, add_special_tokens=False)["input_ids"]
+    assert sentencepiece.SentencePieceProcessor(model_proto=model).encode(text) == ids
+    for cut in range(len(ids) + 1):
+        assert causal.decode(ids[:cut]) + causal.decode(ids[cut:]) == text
+    assert causal.decode(causal(" house")["input_ids"], skip_special_tokens=True) == " house"
+
+
 def test_a_tokenizer_for_pairs_frames_no_documents(wordpiece, unigram):
     with pytest.raises(ValueError, match=r"has no end of text \(eos_token\)"):
         document_frame(wordpiece)

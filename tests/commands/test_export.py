@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, pipeline
 
 from data_prep.files import hash_file
 from data_prep.recipes import settings_from_dict
@@ -189,6 +190,12 @@ def test_a_decoder_is_exported_as_one(runs, tmp_path):
     assert float(tally[0] / tally[1]) == pytest.approx(measured[-1]["causal_lm_loss"], rel=1e-5)
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card and "SpikeLM decoder" in card and "MASK" not in card
+    writer = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    (ids,), (text,) = (
+        writer("The capital of", max_new_tokens=8, do_sample=False, return_tensors=tensors) for tensors in (True, False)
+    )
+    whole = writer.tokenizer.decode(ids["generated_token_ids"], skip_special_tokens=True)
+    assert text["generated_text"] == whole and whole.startswith("The capital of")
 
 
 def test_an_earlier_export_is_replaced_only_when_told_to(exports, runs, tmp_path, capsys):
