@@ -69,7 +69,10 @@ def document_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...],
     """
     end_id = tokenizer.eos_token_id
     if end_id is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path} has no end of text (eos_token): add it and save again")
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path} has no end of text (eos_token): train one for decoders "
+            "(data_prep.train_tokenizer --kind sentencepiece --template causal), or add it and save again"
+        )
     begin_ids = tuple(tokenizer("")["input_ids"])
     if len(begin_ids) > 1 or end_id in begin_ids:
         added = " ".join(tokenizer.convert_ids_to_tokens(begin_ids))

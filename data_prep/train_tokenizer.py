@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,12 +73,17 @@ def train(settings: TokenizerSettings) -> None:
         print(f"{output} is trained already with these settings: nothing to do")
         return
     with tqdm(unit=" documents", file=sys.stderr, mininterval=1) as progress:
-        texts = partial(training_texts, settings, progress)
+        texts = TrainingTexts(settings, progress)
         if settings.kind == "wordpiece":
             tokenizer, model = train_wordpiece(texts, settings.vocab_size, settings.lowercase), None
         else:
             prefix = settings.template == "pairs"
             tokenizer, model = train_sentencepiece(texts, settings.vocab_size, settings.lowercase, prefix=prefix)
+    if settings.heldout_fraction and texts.least_share >= settings.heldout_fraction:
+        raise ValueError(
+            f"heldout_fraction {settings.heldout_fraction} holds no document out: use more than "
+            f"{texts.least_share:.4f}, here and for the shards, or give more text"
+        )
     if settings.template == "causal":
         tokenizer = causal_tokenizer(tokenizer)
     save(output, tokenizer, model, origin)
@@ -122,15 +126,25 @@ def saved_record(output: Path) -> TrainingRecord:
     return record
 
 
-def training_texts(settings: TokenizerSettings, progress: tqdm) -> Iterator[str]:
-    """The texts of the documents that are neither held out nor left out by sampling."""
-    progress.reset()
-    for unit in plan_units(settings.input, text_field=settings.text_field):
-        for document in read_unit(unit):
-            progress.update()
-            is_sampled = hash_share(document.text, SAMPLE_SALT) < settings.sample_fraction
-            if is_sampled and not is_heldout(document.text, settings.heldout_fraction):
-                yield document.text
+class TrainingTexts:
+    """The texts of the documents that are neither held out nor left out by sampling: each call is a pass over them."""
+
+    def __init__(self, settings: TokenizerSettings, progress: tqdm) -> None:
+        self.least_share = 1.0
+        """Any larger heldout_fraction holds some document out; known after a pass."""
+        self._settings = settings
+        self._progress = progress
+
+    def __call__(self) -> Iterator[str]:
+        settings = self._settings
+        self._progress.reset()
+        for unit in plan_units(settings.input, text_field=settings.text_field):
+            for document in read_unit(unit):
+                self._progress.update()
+                self.least_share = min(self.least_share, hash_share(document.text))
+                is_sampled = hash_share(document.text, SAMPLE_SALT) < settings.sample_fraction
+                if is_sampled and not is_heldout(document.text, settings.heldout_fraction):
+                    yield document.text
 
 
 def save(output: Path, tokenizer: PreTrainedTokenizerFast, model: bytes | None, origin: Origin) -> None:

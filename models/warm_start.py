@@ -66,6 +66,10 @@ _SHAPE_NAMES = {
 }
 """What LLaMA's configuration and ours call alike."""
 
+_SHAPING_NAMES = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "rms_norm_eps", "rope_parameters"),
+)
 _LLAMA_TYPES = ("llama", "mistral")
 
 _LLAMA_HEAD, _LLAMA_WORDS = "lm_head.weight", "model.embed_tokens.weight"
@@ -159,11 +163,11 @@ def llama_config(settings: Mapping[str, Any], neuron: NeuronConfig) -> SpikeLMCo
 
 
 def llama_differences(model: SpikeLMConfig, settings: Mapping[str, Any]) -> list[str]:
-    """In what `model` would compute otherwise than the LLaMA of that config.json, beyond the sizes of its weights."""
+    """In what `model` would be another network than the LLaMA of that config.json, beyond vocabulary and head."""
     theirs = llama_config(settings, model.neuron)
     return [
         f"{name} is {getattr(model, name)!r}, the checkpoint's {getattr(theirs, name)!r}"
-        for name in ("num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters")
+        for name in _SHAPING_NAMES
         if getattr(model, name) != getattr(theirs, name)
     ]
 

@@ -219,7 +219,11 @@ def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
     With a world, all ranks look together. Raises CheckpointError, naming what is wrong, where there is none.
     """
     path = Path(given)
+    if not path.exists():
+        raise CheckpointError(f"{given} does not exist: name a run, as runs/NAME, or one of its checkpoints")
     folder = next((folder for folder in (path, path / "checkpoints") if _tags(folder)), path.parent)
+    if not _tags(folder) and (path / "metrics.jsonl").exists():
+        raise CheckpointError(f"{given} has no checkpoint yet: its recipe says every how many steps one is written")
     intact, faults = _newest_intact(_tags(folder) or [path.name], folder, world)
     if intact is None:
         raise CheckpointError(

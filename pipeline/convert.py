@@ -35,12 +35,13 @@ USAGE = f"{CODE}\n\n{block('python', DECODER_USAGE)}"
 def convert(options: argparse.Namespace) -> str:
     """Convert, and return the report."""
     refuse_to_replace(options.output, options.overwrite)
-    settings, tokenizer = read_json(options.llama / "config.json"), load_tokenizer(options.llama)
-    tensors = CheckpointTensors(options.llama)
+    settings = read_json(options.llama / "config.json")
+    plain = llama_config(settings, NeuronConfig(kind="none"))
+    tokenizer, tensors = load_tokenizer(options.llama), CheckpointTensors(options.llama)
     neuron = NeuronConfig(num_timesteps=options.num_timesteps, frequency=options.frequency, reset=options.reset)
     device = usable_device(options.device)
     batches = _batches(options, tokenizer, settings, device)
-    ordinary = SpikeLMForCausalLM(llama_config(settings, NeuronConfig(kind="none"))).eval()
+    ordinary = SpikeLMForCausalLM(plain).eval()
     if vocabulary_size(tokenizer) > ordinary.config.vocab_size:
         raise ValueError(
             f"{options.llama}: the tokenizer has {vocabulary_size(tokenizer)} ids, the model "

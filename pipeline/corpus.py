@@ -118,6 +118,7 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
     manifest, tokenizer = open_tokenizer(root)
     _refuse_other_rows(config, manifest)
     objective = build_objective(config, tokenizer)
+    _refuse_little_text(config, manifest)
     readers = [ShardReader(root / split) for split in SPLITS]
     if config.data.verify:
         faults = [fault for reader in readers for fault in reader.faults(world.rank, world.size)]
@@ -152,6 +153,17 @@ def _refuse_other_rows(config: RunConfig, manifest: Manifest) -> None:
         raise ValueError(
             f"data.sample_length {length} does not divide the rows of {manifest.row_length} tokens in {shards}: "
             "use a divisor, or leave it out"
+        )
+
+
+def _refuse_little_text(config: RunConfig, manifest: Manifest) -> None:
+    """ValueError where so little text fills causal rows that whole batches would be padding."""
+    needed = config.training.global_batch_size * (config.data.sample_length or manifest.row_length)
+    tokens = manifest.counts["train"].row_tokens
+    if manifest.layout == "causal" and tokens < needed:
+        raise ValueError(
+            f"data.shards {config.data.shards} holds {tokens:,} tokens to train on, fewer than the {needed:,} of one "
+            "global batch: prepare more text, or lower training.global_batch_size or data.sample_length"
         )
 
 

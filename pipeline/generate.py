@@ -280,7 +280,9 @@ def complete_all(
         yield records, work
 
 
-def write_all(batches: Iterator[tuple[dict[int, list[dict[str, Any]]], Work]], output: Path | None) -> Work:
+def write_all(
+    batches: Iterator[tuple[dict[int, list[dict[str, Any]]], Work]], num_prompts: int, output: Path | None
+) -> Work:
     """Write the records of all batches in the order of the prompts; those there are where it is interrupted."""
     records: dict[int, list[dict[str, Any]]] = {}
     total = None
@@ -288,6 +290,11 @@ def write_all(batches: Iterator[tuple[dict[int, list[dict[str, Any]]], Work]], o
         for found, work in batches:
             records |= found
             total = work if total is None else total + work
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted: the texts of {len(records)} of {num_prompts} prompts are written", file=sys.stderr, end=""
+        )
+        raise
     finally:
         _write(list(chain.from_iterable(records[number] for number in sorted(records))), output)
     return total
@@ -343,7 +350,7 @@ def _run(options: argparse.Namespace) -> None:
         work = show(model, tokenizer, encoded[0], search)
     else:
         batches = complete_all(model, tokenizer, prompts, encoded, search, options.batch_size or 8)
-        work = write_all(batches, options.output)
+        work = write_all(batches, len(prompts), options.output)
     spikes = "no spikes" if work.spikes_per_token is None else f"{work.spikes_per_token:,.0f} spikes per token"
     print(f"{work.tokens:,} new tokens, {work.tokens_per_second:,.1f} tokens/s, {spikes}", file=sys.stderr)
 

@@ -45,7 +45,7 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     if not config.model.warm_start:
         return model, []
     load = load_llama if model.config.traits.causal else load_bert
-    _refuse_other_llama(model.config, Path(config.model.warm_start) / CONFIG_NAME)
+    _refuse_other_llama(model.config, Path(config.model.warm_start))
     report = load(model, CheckpointTensors(config.model.warm_start))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     remarks = [f"{', '.join(names)} {what}" for what, names in parts.items() if names]
@@ -68,10 +68,14 @@ def other_tokens(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> list[s
     ]
 
 
-def _refuse_other_llama(config: SpikeLMConfig, settings: Path) -> None:
-    """ValueError where a decoder would compute otherwise than the checkpoint whose config.json lies there."""
+def _refuse_other_llama(config: SpikeLMConfig, checkpoint: Path) -> None:
+    """ValueError where a decoder would be another network than the checkpoint's config.json describes."""
+    settings = checkpoint / CONFIG_NAME
     if config.traits.causal and settings.is_file() and (faults := llama_differences(config, read_json(settings))):
-        raise ValueError(f"model.warm_start: {'; '.join(faults)}: set model.overrides to the checkpoint's")
+        raise ValueError(
+            f"model.warm_start {checkpoint}: {'; '.join(faults)}: set model.overrides, as by --model.overrides.NAME "
+            "VALUE, to the checkpoint's"
+        )
 
 
 def draw_weights(model: PreTrainedModel, finish: Callable[[nn.Module], None] | None = None) -> None:

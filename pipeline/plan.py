@@ -154,7 +154,7 @@ def cheapest_fit(config: RunConfig, data: Data, cluster: Cluster) -> tuple[Chang
 
 
 def more_devices(config: RunConfig, data: Data, cluster: Cluster) -> tuple[int, str, str] | None:
-    """How many devices hold the run without offloading anything: their number, GiB at the peak, and the options.
+    """How many devices hold the run without offloading anything: their number, GiB at the peak, and ", by" the options.
 
     None where no number that divides the global batch does.
     """
@@ -168,7 +168,7 @@ def more_devices(config: RunConfig, data: Data, cluster: Cluster) -> tuple[int, 
         more = replace(cluster, nodes=nodes)
         peak = footprint(change.config, data, more, traced).peak
         if peak <= cluster.memory:
-            return more.size, _gib(peak), " ".join(change.options)
+            return more.size, _gib(peak), ", by " + " ".join(change.options) if change.options else ""
         nodes *= 2
     return None
 
@@ -203,6 +203,8 @@ def _run(options: argparse.Namespace, recipe: Sequence[str]) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+    if options.mfu > 1:
+        raise ValueError(f"--mfu is {options.mfu}: it is a share of the peak, 1 at most")
     config = load_run_config(recipe)
     data = find_data(config, options.vocab_size, options.sample_length)
     reserve = RESERVES[options.kind] if options.reserve is None else options.reserve
@@ -253,6 +255,8 @@ def _describe_verdict(config: RunConfig, data: Data, cluster: Cluster, needed: F
     if spare >= 0:
         return f"It fits: {_gib(needed.peak)} of {_gib(cluster.memory)} GiB at the peak, {_gib(spare)} to spare."
     verdict = f"It does not fit: {_gib(needed.peak)} GiB at the peak, {_gib(-spare)} more than {_gib(cluster.memory)}."
+    if cluster.reserve >= cluster.memory:
+        return f"{verdict}\nIts libraries alone are assumed to take {_gib(cluster.reserve)} GiB: see --reserve."
     found = cheapest_fit(config, data, cluster)
     if found is None:
         return f"{verdict}\nNeither a setting nor more devices make it fit: use a smaller model, or shorter samples."
@@ -265,7 +269,7 @@ def _describe_verdict(config: RunConfig, data: Data, cluster: Cluster, needed: F
         advice += f"\nIt then needs {_gib(sum(less.host.values()) * cluster.devices)} GiB of each machine's own memory."
         elsewhere = more_devices(config, data, cluster)
         if elsewhere:
-            advice += "\nWithout it: {} devices, {} GiB at the peak of each, {}".format(*elsewhere)
+            advice += "\nWithout it: {} devices, {} GiB at the peak of each{}".format(*elsewhere)
     return f"{verdict}\n{advice}"
 
 

@@ -171,9 +171,7 @@ def _places(run: Run, plot: Path) -> list[str]:
 def _next_steps(run: Run, twin: Run | None) -> list[str]:
     unfinished = [each.folder.name for each in (run, twin) if each is not None and not each.finished]
     if unfinished:
-        return [
-            f"next: start {' and '.join(unfinished)} again by the same command: it resumes from the last checkpoint"
-        ]
+        return [f"next: wait for {' and '.join(unfinished)}, or start what no longer runs again by the same command"]
     return [
         f"next: see every number by tensorboard --logdir {run.folder / 'tensorboard'}",
         "      train longer, as a run of its own: launch/pretrain.sh RECIPE --name NAME --training.total_steps N",

@@ -234,8 +234,14 @@ def test_resume_takes_a_checkpoint_its_folder_or_its_run(checkpointer, run, tmp_
     for given in (saved, checkpointer.folder, checkpointer.folder.parent):
         checkpoint, state = find_start(replace(run, resume=str(given)), other, DATA)
         assert (checkpoint, state.step) == (saved, 4)
+    other.folder.mkdir(parents=True, exist_ok=True)
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
         find_start(replace(run, resume=str(tmp_path / "other")), other, DATA)
+    (tmp_path / "other" / "metrics.jsonl").touch()
+    with pytest.raises(CheckpointError, match="other has no checkpoint yet: its recipe says every how many steps"):
+        find_start(replace(run, resume=str(tmp_path / "other")), other, DATA)
+    with pytest.raises(CheckpointError, match="nowhere does not exist: name a run"):
+        find_start(replace(run, resume=str(tmp_path / "nowhere")), other, DATA)
 
 
 def test_a_checkpoint_of_another_version_is_refused(checkpointer, run):

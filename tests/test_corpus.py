@@ -41,6 +41,10 @@ def test_causal_rows_are_split_into_samples(open_for):
             "data.sample_length 48 does not divide the rows of 128",
         ),
         (("encoder-tiny", "pairs", "--data.sample_length", "16"), "only causal rows can be split"),
+        (
+            ("decoder-tiny", "causal", "--training.global_batch_size", "16384"),
+            r"holds [\d,]+ tokens to train on, fewer than the 2,097,152 of one global batch",
+        ),
     ],
 )
 def test_rows_that_the_model_cannot_learn_from_are_refused(arguments, message, open_for):

@@ -65,7 +65,7 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path, capsys):
     report.main([str(write_run(tmp_path / "demo", 5.0, finished=False))])
     text = capsys.readouterr().out
     assert "NOT finished, at step 20" in text
-    assert "next: start demo again" in text
+    assert "next: wait for demo, or start what no longer runs again" in text
     assert line_of(text, "checkpoint") == ["none", "yet"]
 
 

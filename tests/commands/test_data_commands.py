@@ -16,7 +16,7 @@ from data_prep import build_shards, train_tokenizer, units, verify_shards
 from data_prep.manifest import Manifest
 from data_prep.recipes import known_fields, load_settings
 from data_prep.shards import ShardReader
-from data_prep.sources import is_heldout, read_unit
+from data_prep.sources import hash_share, is_heldout, read_unit
 from data_prep.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -356,6 +356,19 @@ def test_splits_without_documents_are_refused(tokenizer, tmp_path, prose, capsys
     (tmp_path / "blank.txt").write_text(" \n")
     assert build([f"--input={tmp_path / 'blank.txt'}"], tokenizer, tmp_path / "b") == 2
     assert "no document to train on" in capsys.readouterr().err
+
+
+def test_a_tokenizers_text_must_leave_a_document_out(tmp_path, prose, capsys):
+    texts = [text for text in prose(60) if not is_heldout(text, HELDOUT)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    least = min(map(hash_share, texts))
+    corpus = [f"--input={tmp_path / 'all.jsonl'}"]
+    assert train(corpus, tmp_path / "a") == 2
+    told = (
+        f"error: heldout_fraction {HELDOUT} holds no document out: use more than {least:.4f}, here and for the shards"
+    )
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(("kind", "vocab_size"), [("wordpiece", 256), ("sentencepiece", 380)])

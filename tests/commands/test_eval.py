@@ -72,7 +72,7 @@ def test_text_is_measured_document_by_document(measure, runs, causal_shards, tmp
         (["whole-decoder", "--stride", "40", "--window", "32"], "--window 32 and --stride 40: the model has"),
         (["whole-decoder", "--num-timesteps", "9"], "num_timesteps is 9, but the model has amplitudes for 4"),
         (["whole-2-fp32", "--window", "16"], "--window has no effect on an encoder"),
-        (["none"], "none is no intact checkpoint"),
+        (["none"], "none does not exist: name a run, as runs/NAME, or one of its checkpoints"),
         (["whole-decoder", "--device", "foo"], "--device foo"),
         (["whole-decoder", "--text", "a", "--shards", "b"], "--shards and --text: give one"),
         (["whole-decoder", "--text", "none.txt"], "none.txt"),

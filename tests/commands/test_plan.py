@@ -66,10 +66,11 @@ def test_instead_of_offloading_it_counts_the_devices_that_hold_all(plan):
     printed, _ = plan(*large)
     assert "The cheapest change: --engine.ds_config ds_configs/zero3_offload.json" in printed
     assert re.search(r"It then needs \d+ GiB of each machine's own memory", printed)
-    devices, promised, change = re.search(r"Without it: (\d+) devices, ([\d.]+) GiB .* each, (.*)", printed).groups()
+    devices, promised, change = re.search(r"Without it: (\d+) devices, ([\d.]+) GiB .* each, by (.*)", printed).groups()
     printed, (peak,) = plan(*large, "--nodes", int(devices) // 8, *change.split())
     assert "It fits" in printed and peak == float(promised)
-    assert "Neither a setting nor more devices make it fit" in plan(*large, "--memory", 0.3)[0]
+    assert "Neither a setting nor more devices make it fit" in plan(*large, "--memory", 2.01)[0]
+    assert "libraries alone are assumed to take 2.00 GiB" in plan(*large, "--memory", 0.3)[0]
 
 
 def test_vocabulary_and_sample_length_are_those_of_the_shards(plan, causal_shards):
