@@ -113,6 +113,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise ValueError(f"vocab_size: {vocab_size}: sentencepiece says: {error}") from None
+    # Not by the trainer's option: it is given sentences, whose first words stand behind a space in their documents.
     proto = ModelProto.FromString(model.getvalue())
     proto.normalizer_spec.add_dummy_prefix = prefix
     serialized = proto.SerializeToString(deterministic=True)

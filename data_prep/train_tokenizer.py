@@ -3,6 +3,7 @@
 python -m data_prep.train_tokenizer --input X [--input Y] --kind wordpiece --vocab_size 30522 --output DIR
 """
 
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,8 @@ class TokenizerSettings:
     """Folder to write."""
 
     template: Literal["pairs", "causal"] = "pairs"
-    """What a call adds to a text: begin and end of one or two segments, for encoders; causal: the begin alone."""
+    """What a call adds to a text: begin and end of one or two segments, for encoders; causal: the begin alone, and
+    SentencePiece then puts no space before a text, so that what a decoder writes can be decoded alone."""
 
     lowercase: bool = False
     """Make text lower-case first; WordPiece then drops accents too, as uncased BERT does."""
@@ -77,12 +79,14 @@ def train(settings: TokenizerSettings) -> None:
         if settings.kind == "wordpiece":
             tokenizer, model = train_wordpiece(texts, settings.vocab_size, settings.lowercase), None
         else:
-            prefix = settings.template == "pairs"
-            tokenizer, model = train_sentencepiece(texts, settings.vocab_size, settings.lowercase, prefix=prefix)
+            tokenizer, model = train_sentencepiece(
+                texts, settings.vocab_size, settings.lowercase, prefix=_has_prefix(settings)
+            )
     if settings.heldout_fraction and texts.least_share >= settings.heldout_fraction:
+        enough = math.ceil(texts.least_share * 1e4 + 1) / 1e4
         raise ValueError(
-            f"heldout_fraction {settings.heldout_fraction} holds no document out: use more than "
-            f"{texts.least_share:.4f}, here and for the shards, or give more text"
+            f"heldout_fraction {settings.heldout_fraction} holds no document out: use {enough} or more, here and for "
+            "the shards, or give more text"
         )
     if settings.template == "causal":
         tokenizer = causal_tokenizer(tokenizer)
@@ -95,7 +99,14 @@ def origin_of(settings: TokenizerSettings) -> Origin:
     deciding = asdict(settings)
     for name in ("input", "output", "overwrite"):
         del deciding[name]
+    if settings.kind == "sentencepiece" and not _has_prefix(settings):
+        deciding["prefix"] = False  # there were tokenizers for decoders that put a space before a text
     return Origin(deciding, tuple(map(record_input, settings.input)))
+
+
+def _has_prefix(settings: TokenizerSettings) -> bool:
+    """Whether SentencePiece puts a space before every text."""
+    return settings.template == "pairs"
 
 
 def is_trained(output: Path, origin: Origin, overwrite: bool) -> bool:

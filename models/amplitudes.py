@@ -55,7 +55,7 @@ class SpikeStats:
 
     def spikes_per_token(self, width: int) -> float:
         """Spikes of either sign at all sites and timesteps for each counted token; `width` is the first site's."""
-        return float(self.sums[..., 2:4].sum() / (self.sums[0, 0, 1] / width))
+        return float(self.sums[..., 2:4].sum() * width / self.sums[0, 0, 1].clamp(min=1))
 
     def _share(self, total: Tensor) -> Tensor:
         return total / self.sums[..., 1].clamp(min=1)

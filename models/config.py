@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 DEFAULT_LEAK = {"elastic": 0.25, "lif": 0.5, "none": None}
 
 NEURON_PRESETS: dict[str | None, dict[str, Any]] = {
-    # What learned best for its spikes where variants were compared: tests/bench/README.md.
+    # What learned best for its spikes in the trials that tests/bench/README.md tells of.
     None: {"frequency": 1.4, "amplitude": "tracked", "reset": "normalized", "count_padding": False},
     # Xing et al. 2024, as their released code has it.
     "released": {"frequency": 2.0, "amplitude": "frozen", "reset": "released", "count_padding": True},
@@ -36,7 +36,7 @@ class NeuronConfig:
 
     preset: Literal["released"] | None = None
     """released: fields that are unset take the published settings (frequency 2, amplitude frozen, reset released,
-    padding counted); unset: what has learned best."""
+    padding counted). Only a way to give them: in a configuration that is whole it is null again."""
 
     num_timesteps: int | None = None
     """Spike timesteps T. Unset: 4, or 1 for kind none."""
@@ -71,6 +71,7 @@ class NeuronConfig:
         for name, value in NEURON_PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        object.__setattr__(self, "preset", None)  # spent: the fields say all, and may be replaced one by one
         if self.num_timesteps is None:
             object.__setattr__(self, "num_timesteps", 1 if self.kind == "none" else 4)
         if self.leak is None:

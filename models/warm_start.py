@@ -99,6 +99,11 @@ class CheckpointTensors(Mapping[str, Tensor]):
         with _opened(self._files[name]) as file:
             return file.get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for it."""
+        with _opened(self._files[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -212,17 +217,17 @@ def _copy(
 ) -> tuple[WarmStartReport, set[str]]:
     """Copy what `theirs` has for the model's parameters; returns a report and the names of theirs that were used.
 
-    Tensors are read one by one, first for their shapes: the checkpoint need not fit into memory beside the model.
+    One parameter's tensors are read at a time, so that a large checkpoint need not fit into memory beside the model.
     """
     report, used = WarmStartReport(), set()
     sources = {name: names_of(name) for name, _ in model.named_parameters()}
-    _refuse_mismatch(model, {name: _shape(theirs, names) for name, names in sources.items()}, is_needed)
+    report.missing = [name for name, names in sources.items() if not _has(theirs, names)]
+    shapes = {name: _joined_shape(theirs, names) for name, names in sources.items() if name not in report.missing}
+    _refuse_mismatch(model, shapes, [name for name in report.missing if is_needed(name)])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (source := _joined(theirs, sources[name])) is None:
-                report.missing.append(name)
-            else:
-                parameter.copy_(source)
+            if name in shapes:
+                parameter.copy_(_joined(theirs, sources[name]))
                 used.update(sources[name])
     return report, used
 
@@ -234,16 +239,20 @@ def _with_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {("bert." + name if name.startswith(bare) else name): tensor for name, tensor in renamed.items()}
 
 
-def _joined(theirs: Mapping[str, Tensor], names: list[str]) -> Tensor | None:
-    """Their tensors of these names as one; None where they have not all of them."""
-    if not names or any(name not in theirs for name in names):
-        return None
-    return torch.cat([theirs[name] for name in names])
+def _has(theirs: Mapping[str, Tensor], names: list[str]) -> bool:
+    """Whether the checkpoint has all of these; a parameter for which it has no name has none."""
+    return bool(names) and all(name in theirs for name in names)
 
 
-def _shape(theirs: Mapping[str, Tensor], names: list[str]) -> torch.Size | None:
-    joined = _joined(theirs, names)
-    return None if joined is None else joined.shape
+def _joined(theirs: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    """Their tensors of these names as one, along the first axis."""
+    return theirs[names[0]] if len(names) == 1 else torch.cat([theirs[name] for name in names])
+
+
+def _joined_shape(theirs: Mapping[str, Tensor], names: list[str]) -> tuple[int, ...]:
+    shape_of = theirs.shape if isinstance(theirs, CheckpointTensors) else lambda name: tuple(theirs[name].shape)
+    (first, *rest), *others = map(shape_of, names)
+    return sum([first, *(other[0] for other in others)]), *rest
 
 
 def bert_names(name: str) -> list[str]:
@@ -262,17 +271,13 @@ def bert_names(name: str) -> list[str]:
     return []
 
 
-def _refuse_mismatch(
-    model: nn.Module, shapes: Mapping[str, torch.Size | None], is_needed: Callable[[str], bool]
-) -> None:
+def _refuse_mismatch(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], absent: list[str]) -> None:
     faults = [
-        f"{name}: the checkpoint has {tuple(shapes[name])}, the model {tuple(parameter.shape)}"
+        f"{name}: the checkpoint has {shapes[name]}, the model {tuple(parameter.shape)}"
         for name, parameter in model.named_parameters()
-        if shapes[name] not in (None, parameter.shape)
+        if name in shapes and shapes[name] != tuple(parameter.shape)
     ]
-    faults += [
-        f"{name}: the checkpoint has none" for name, shape in shapes.items() if shape is None and is_needed(name)
-    ]
+    faults += [f"{name}: the checkpoint has none" for name in absent]
     if faults:
         remedy = "change the model's shape, or take another checkpoint"
         raise ValueError("\n  ".join([f"this checkpoint does not fit the model; {remedy}:", *faults]))

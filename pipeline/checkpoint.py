@@ -219,11 +219,14 @@ def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
     With a world, all ranks look together. Raises CheckpointError, naming what is wrong, where there is none.
     """
     path = Path(given)
-    if not path.exists():
+    agree = world.agree if world else bool
+    if not agree(path.exists()):
         raise CheckpointError(f"{given} does not exist: name a run, as runs/NAME, or one of its checkpoints")
     folder = next((folder for folder in (path, path / "checkpoints") if _tags(folder)), path.parent)
-    if not _tags(folder) and (path / "metrics.jsonl").exists():
-        raise CheckpointError(f"{given} has no checkpoint yet: its recipe says every how many steps one is written")
+    if not agree(bool(_tags(folder)) or not _is_young_run(path)):
+        raise CheckpointError(
+            f"{given} has no checkpoint yet: wait for the first, at step checkpoint.every of its recipe"
+        )
     intact, faults = _newest_intact(_tags(folder) or [path.name], folder, world)
     if intact is None:
         raise CheckpointError(
@@ -231,6 +234,11 @@ def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
             "runs/NAME/checkpoints/step00000100, with its manifest.json and every file that it lists"
         )
     return intact
+
+
+def _is_young_run(path: Path) -> bool:
+    """Whether a run has begun in this folder and has not saved anything."""
+    return (path / "recipe.yaml").exists() and not _tags(path / "checkpoints")
 
 
 def _tags(folder: Path) -> list[str]:

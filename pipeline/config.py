@@ -245,7 +245,6 @@ MAY_CHANGE = (
     "output",
     "resume",
     "threads",
-    "model.neuron.preset",  # what it fills in is compared
     "data.shards_recipe",
     "data.tokenizer_recipe",
     "data.shards",  # a folder may move: its contents are known by their fingerprint

@@ -283,20 +283,17 @@ def complete_all(
 def write_all(
     batches: Iterator[tuple[dict[int, list[dict[str, Any]]], Work]], num_prompts: int, output: Path | None
 ) -> Work:
-    """Write the records of all batches in the order of the prompts; those there are where it is interrupted."""
+    """Write the records of all batches in the order of the prompts; those there are where it ends early."""
     records: dict[int, list[dict[str, Any]]] = {}
     total = None
     try:
         for found, work in batches:
             records |= found
             total = work if total is None else total + work
-    except KeyboardInterrupt:
-        print(
-            f"\ninterrupted: the texts of {len(records)} of {num_prompts} prompts are written", file=sys.stderr, end=""
-        )
-        raise
     finally:
         _write(list(chain.from_iterable(records[number] for number in sorted(records))), output)
+        if len(records) < num_prompts:
+            print(f"\nended early: the texts of {len(records)} of {num_prompts} prompts are written", file=sys.stderr)
     return total
 
 

@@ -117,7 +117,7 @@ class Metrics:
 
 
 class SpikeHealth:
-    """Looks for sites whose neurons hardly work any more, and tells each fault of a site once.
+    """Looks for sites whose neurons hardly work any more, and tells each fault of a site once (a process's life long).
 
     Args:
         site_names: of the rows of statistics and amplitudes.
@@ -136,31 +136,39 @@ class SpikeHealth:
     def __init__(self, site_names: Sequence[str], neuron: NeuronConfig) -> None:
         self._site_names = site_names
         self._neuron = neuron
+        # In their first steps activations grow faster than tracked amplitudes follow, which is as it should be.
+        is_tracked = neuron.kind == "elastic" and neuron.amplitude == "tracked"
+        self._settled_at = math.ceil(3 / (1 - neuron.momentum)) if is_tracked else 0
         self._told: set[tuple[str, str]] = set()
 
-    def warnings(self, stats: SpikeStats, amplitudes: Tensor) -> list[str]:
+    def warnings(self, step: int, stats: SpikeStats, amplitudes: Tensor) -> list[str]:
         """One line for each new fault: the site, the first timestep that has it, the value, and the remedy.
 
-        `stats` are of one step over all ranks, `amplitudes` [sites, T] those behind it.
+        `stats` are of one step over all ranks, `amplitudes` [sites, T] those that it leaves. Remedies are for a new
+        run: they change what is trained.
         """
-        if not self._site_names:
+        if not self._site_names or step < self._settled_at:
             return []
-        rate = stats.firing_rate
-        found = self._tell(rate, rate < self.LEAST_RATE, "fires at {:.1%}: lower model.neuron.frequency")
-        found += self._tell(rate, rate > self.HIGHEST_RATE, "fires at {:.1%}: raise model.neuron.frequency")
-        if self._neuron.kind == "elastic":
+        rate, is_counted = stats.firing_rate, stats.sums[..., 1] > 0
+        is_elastic = self._neuron.kind == "elastic"
+        busier, calmer = ("lower", "raise") if is_elastic else ("raise", "lower")
+        dial = "model.neuron.frequency" if is_elastic else "model.neuron.leak"
+        found = self._tell(rate, is_counted & (rate < self.LEAST_RATE), f"fires at {{:.1%}}: {busier} {dial}")
+        found += self._tell(rate, is_counted & (rate > self.HIGHEST_RATE), f"fires at {{:.1%}}: {calmer} {dial}")
+        if is_elastic:
             found += self._elastic_faults(stats, amplitudes.double())
         return found
 
     def _elastic_faults(self, stats: SpikeStats, amplitudes: Tensor) -> list[str]:
-        saturated = stats.saturated_share
-        drift = amplitudes / (self._neuron.frequency * stats.mean_membrane)
-        is_far = (drift > self.MOST_DRIFT) | (drift < 1 / self.MOST_DRIFT)
+        fits, saturated = self._neuron.frequency * stats.mean_membrane, stats.saturated_share
+        drift = amplitudes / fits
+        is_far = (fits > 0) & ((drift > self.MOST_DRIFT) | (drift < 1 / self.MOST_DRIFT))
+        is_saturated = (saturated > self.MOST_SATURATED) & ~is_far
         if self._neuron.amplitude == "frozen":
             remedy = "set model.neuron.amplitude tracked"
         else:
             remedy = "lower model.neuron.momentum or optimizer.learning_rate"
-        found = self._tell(saturated, saturated > self.MOST_SATURATED, "is saturated at {:.0%}: " + remedy)
+        found = self._tell(saturated, is_saturated, "is saturated at {:.0%}: raise model.neuron.frequency")
         return found + self._tell(drift, is_far, "has {:.2g} times the amplitude that fits its membrane: " + remedy)
 
     def _tell(self, values: Tensor, is_ill: Tensor, text: str) -> list[str]:
@@ -170,7 +178,7 @@ class SpikeHealth:
             if (name := self._site_names[site], text) not in self._told:
                 self._told.add((name, text))
                 t = int(is_ill[site].nonzero()[0])
-                lines.append(f"{name}, timestep {t + 1}, {text.format(float(values[site, t]))}")
+                lines.append(f"{name}, timestep {t + 1}, {text.format(float(values[site, t]))}, in a new run (--name)")
         return lines
 
 

@@ -39,13 +39,14 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     with torch.device("meta"):
         model = _untrained(config, corpus.tokenizer)
     _refuse_misfit(model.config, corpus)
+    if config.model.warm_start:
+        _refuse_other_llama(model.config, Path(config.model.warm_start))
     partitioned = zero_stage(config) == 3 and not config.model.warm_start
     draw_weights(model, partial(partition_weights, config=config, world=world) if partitioned else None)
     spiking_stack(model).set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
     if not config.model.warm_start:
         return model, []
     load = load_llama if model.config.traits.causal else load_bert
-    _refuse_other_llama(model.config, Path(config.model.warm_start))
     report = load(model, CheckpointTensors(config.model.warm_start))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     remarks = [f"{', '.join(names)} {what}" for what, names in parts.items() if names]

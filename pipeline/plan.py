@@ -153,8 +153,8 @@ def cheapest_fit(config: RunConfig, data: Data, cluster: Cluster) -> tuple[Chang
     return None
 
 
-def more_devices(config: RunConfig, data: Data, cluster: Cluster) -> tuple[int, str, str] | None:
-    """How many devices hold the run without offloading anything: their number, GiB at the peak, and ", by" the options.
+def more_devices(config: RunConfig, data: Data, cluster: Cluster) -> tuple[int, str, Sequence[str]] | None:
+    """How many devices hold the run without offloading anything: their number, GiB at the peak, and the options.
 
     None where no number that divides the global batch does.
     """
@@ -168,7 +168,7 @@ def more_devices(config: RunConfig, data: Data, cluster: Cluster) -> tuple[int, 
         more = replace(cluster, nodes=nodes)
         peak = footprint(change.config, data, more, traced).peak
         if peak <= cluster.memory:
-            return more.size, _gib(peak), ", by " + " ".join(change.options) if change.options else ""
+            return more.size, _gib(peak), change.options
         nodes *= 2
     return None
 
@@ -256,7 +256,8 @@ def _describe_verdict(config: RunConfig, data: Data, cluster: Cluster, needed: F
         return f"It fits: {_gib(needed.peak)} of {_gib(cluster.memory)} GiB at the peak, {_gib(spare)} to spare."
     verdict = f"It does not fit: {_gib(needed.peak)} GiB at the peak, {_gib(-spare)} more than {_gib(cluster.memory)}."
     if cluster.reserve >= cluster.memory:
-        return f"{verdict}\nIts libraries alone are assumed to take {_gib(cluster.reserve)} GiB: see --reserve."
+        reserve = _gib(cluster.reserve)
+        return f"{verdict}\nLibraries alone are assumed to take {reserve} GiB: use larger devices, or lower --reserve."
     found = cheapest_fit(config, data, cluster)
     if found is None:
         return f"{verdict}\nNeither a setting nor more devices make it fit: use a smaller model, or shorter samples."
@@ -267,9 +268,10 @@ def _describe_verdict(config: RunConfig, data: Data, cluster: Cluster, needed: F
     )
     if less.host:
         advice += f"\nIt then needs {_gib(sum(less.host.values()) * cluster.devices)} GiB of each machine's own memory."
-        elsewhere = more_devices(config, data, cluster)
-        if elsewhere:
-            advice += "\nWithout it: {} devices, {} GiB at the peak of each{}".format(*elsewhere)
+        if elsewhere := more_devices(config, data, cluster):
+            devices, peak, options = elsewhere
+            by = f", by {' '.join(options)}" if options else ""
+            advice += f"\nWithout it: {devices} devices, {peak} GiB at the peak of each{by}"
     return f"{verdict}\n{advice}"
 
 

@@ -146,8 +146,12 @@ def _firing_lines(run: Run) -> list[str]:
 
 
 def _health_lines(run: Run) -> list[str]:
-    lines = [f"    from step {record['step']}: {text}" for record in run.health for text in record["warnings"]]
-    return [_line("neurons that hardly work", str(len(lines))), *lines] if lines else []
+    found: dict[str, str] = {}
+    for record in run.health:
+        for text in record["warnings"]:
+            place_and_fault, _, remedy = text.partition(": ")
+            found.setdefault(place_and_fault, f"    from step {record['step']}: {place_and_fault}: {remedy}")
+    return [_line("faults of neurons", str(len(found))), *found.values()] if found else []
 
 
 def _spread(record: dict[str, Any]) -> str:

@@ -86,7 +86,7 @@ class Trainer:
             self.throughput.add(self.config.training.global_batch_size * batch.tensors["input_ids"].shape[1])
             if self._due(self.config.logging.every, last):
                 self.metrics.log_step(step, self._step_values(result))
-                self.metrics.log_health(step, self.health.warnings(result.stats, self.stack.amplitudes))
+                self.metrics.log_health(step, self.health.warnings(step, result.stats, self.stack.amplitudes))
             stopped = step < last and self._is_stopped()
             with self.throughput.paused():
                 if stopped:  # first of all: there may not be time for more
@@ -186,10 +186,12 @@ class Trainer:
         record = {"step": step, "what": what, "values": values, "ranks": self.world.gather(samples)}
         path = self.metrics.write_nonfinite(record)
         named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        neuron = self.stack.config.neuron
+        explodes = neuron.kind == "elastic" and neuron.reset == "released"
+        reset = ", or set model.neuron.reset normalized" if explodes else ""
         raise NonFiniteError(
             f"the {what} of step {step} is not finite ({named}). Nothing of this step is saved; its samples stand in "
-            f"{path}. In a new run (--name), lower optimizer.learning_rate, set optimizer.clip_norm, or set "
-            "model.neuron.reset normalized"
+            f"{path}. In a new run (--name), lower optimizer.learning_rate, set optimizer.clip_norm{reset}"
         )
 
     def _step_values(self, result: StepResult) -> dict[str, float | dict[str, float]]:

@@ -105,6 +105,8 @@ def test_statistics_equal_brute_force_counts(reset, count_padding):
     assert (count[0] == (30 if count_padding else 21) * model.config.hidden_size).all()
     assert torch.equal(stats.firing_rate, (expected[..., 2] + expected[..., 3]) / count)
     assert torch.equal(stats.saturated_share, expected[..., 4] / count)
+    tokens = expected[0, 0, 1] / model.config.hidden_size
+    assert stats.spikes_per_token(model.config.hidden_size) == pytest.approx(float(expected[..., 2:4].sum() / tokens))
     assert torch.equal(stats.mean_membrane, stats.sums[..., 0] / count)
     assert 0.2 < stats.firing_rate.mean() < 0.6 and 0 < stats.saturated_share.mean() < stats.firing_rate.mean()
 

@@ -237,8 +237,8 @@ def test_resume_takes_a_checkpoint_its_folder_or_its_run(checkpointer, run, tmp_
     other.folder.mkdir(parents=True, exist_ok=True)
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
         find_start(replace(run, resume=str(tmp_path / "other")), other, DATA)
-    (tmp_path / "other" / "metrics.jsonl").touch()
-    with pytest.raises(CheckpointError, match="other has no checkpoint yet: its recipe says every how many steps"):
+    (tmp_path / "other" / "recipe.yaml").touch()
+    with pytest.raises(CheckpointError, match="other has no checkpoint yet: wait for the first"):
         find_start(replace(run, resume=str(tmp_path / "other")), other, DATA)
     with pytest.raises(CheckpointError, match="nowhere does not exist: name a run"):
         find_start(replace(run, resume=str(tmp_path / "nowhere")), other, DATA)

@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from tests.bench.learning.report import TABLES, describe, group, recovered, tables
 from tests.bench.learning.results import Result, read_results
-from tests.bench.learning.tables import TABLES, describe, group, recovered, tables
 from tests.bench.learning.timing import read_times
 from tests.bench.learning.variants import EVERYTHING, NOTHING, RECIPES, VARIANTS, run_config
 
+LIF = "lif T=4"
 RESULT = Result(
     recipe="causal",
     variant=NOTHING,
+    overrides=VARIANTS[NOTHING].overrides,
     seed=0,
     command="",
     commit="",
@@ -27,40 +29,50 @@ RESULT = Result(
 )
 
 
-def results(seed, **losses):
-    return [replace(RESULT, variant=name.replace("_", " "), seed=seed, loss=loss) for name, loss in losses.items()]
+def results(seed, nothing=None, everything=None, lif=None):
+    losses = {NOTHING: nothing, EVERYTHING: everything, LIF: lif}
+    return [
+        replace(RESULT, variant=name, overrides=VARIANTS[name].overrides, seed=seed, loss=loss)
+        for name, loss in losses.items()
+        if loss is not None
+    ]
 
 
 def test_the_recovered_share_is_between_no_layers_and_the_twin_of_the_same_seed():
-    runs = group([*results(0, no_layers=4.0, twin=3.0, lif=3.75), *results(1, no_layers=4.5, twin=3.5, lif=3.5)])
-    assert recovered(runs["causal"], "lif") == [0.25, 1.0]
-    assert recovered(runs["causal"], NOTHING) == [0.0, 0.0] and recovered(runs["causal"], EVERYTHING) == [1.0, 1.0]
-    row = describe(runs["causal"], {"lif": 3.456}).splitlines()[-1].split(" | ")
-    assert row[:4] == ["| lif", "2", "3.625 ± 0.177", "62.5 ± 53.0"] and row[-1] == "3.46 |"
+    runs = group([*results(0, 4.0, 3.0, 3.75), *results(1, 4.5, 3.5, 3.5)])["causal"]
+    assert recovered(runs, LIF) == [0.25, 1.0]
+    assert recovered(runs, NOTHING) == [0.0, 0.0] and recovered(runs, EVERYTHING) == [1.0, 1.0]
+    table = describe(runs, {"machine": "this", "relative": {VARIANTS[LIF].overrides: 3.456}})
+    (row,) = [line.split(" | ") for line in table.splitlines() if LIF in line]
+    assert row[:4] == [f"| {LIF}", "2", "3.625 ± 0.177", "62.5 ± 53.0"] and row[-1] == "3.46 |"
+    assert table.endswith("CPU time: this.\n")
 
 
 def test_losses_on_other_rows_are_not_compared():
     others = [replace(result, rows="others") for result in results(0, lif=3.75)]
-    runs = group([*results(0, no_layers=4.0, twin=3.0), *others, *results(1, lif=3.5)])
-    assert recovered(runs["causal"], "lif") == []
+    runs = group([*results(0, 4.0, 3.0), *others, *results(1, lif=3.5)])["causal"]
+    assert recovered(runs, LIF) == []
 
 
-def test_a_repeated_run_replaces_the_first():
-    runs = group([*results(0, no_layers=4.0, twin=3.0, lif=3.75), *results(0, lif=3.5)])
-    assert recovered(runs["causal"], "lif") == [0.5]
+def test_a_repeated_run_replaces_the_first_and_one_of_another_neuron_does_not():
+    runs = group([*results(0, 4.0, 3.0, 3.75), *results(0, lif=3.5)])["causal"]
+    assert recovered(runs, LIF) == [0.5]
+    earlier = [replace(result, overrides="--model.neuron.kind lif") for result in results(0, lif=3.5)]
+    assert recovered(group([*results(0, 4.0, 3.0, 3.75), *earlier])["causal"], LIF) == [0.25]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_variant_is_a_run_of_the_same_samples(recipe):
-    configs = {name: run_config(recipe, name) for name in VARIANTS}
-    for name, config in configs.items():
-        assert config.data == configs[EVERYTHING].data
-        assert replace(config, model=configs[EVERYTHING].model, training=config.training) == replace(
-            configs[EVERYTHING], training=config.training, schedule=config.schedule
-        )
-        ratio = config.training.total_steps / configs[EVERYTHING].training.total_steps
-        assert ratio == VARIANTS[name].length
+    twin = run_config(recipe, EVERYTHING)
+    for name, variant in VARIANTS.items():
+        config = run_config(recipe, name)
+        assert config.training.total_steps == variant.length * twin.training.total_steps
+        assert config.schedule.warmup_steps == variant.length * twin.schedule.warmup_steps
+        training = replace(config.training, total_steps=twin.training.total_steps)
+        schedule = replace(config.schedule, warmup_steps=twin.schedule.warmup_steps)
+        assert replace(config, model=twin.model, training=training, schedule=schedule) == twin
 
 
 def test_the_committed_tables_are_those_of_the_committed_results():
-    assert tables(group(read_results()), read_times()) == TABLES.read_text(encoding="utf-8")
+    written = TABLES.read_text(encoding="utf-8") if TABLES.exists() else ""
+    assert tables(group(read_results()), read_times()) == written, "run python -m tests.bench.bench_learning --report"

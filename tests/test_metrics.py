@@ -191,39 +191,54 @@ def site_stats(*, membrane=0.5, rate=0.4, saturated=0.1):
     return SpikeStats(sums)
 
 
-ELASTIC = NeuronConfig(frequency=2.0, amplitude="tracked")
+ELASTIC = NeuronConfig(frequency=2.0, amplitude="tracked", momentum=0.99)
+FROZEN = NeuronConfig(frequency=2.0, amplitude="frozen")
 AMPLITUDES = torch.ones(2, 2)
 
 
 @pytest.mark.parametrize(
-    ("ill", "told"),
+    ("neuron", "ill", "told"),
     [
-        ({"rate": 0.01}, "fires at 1.0%: lower model.neuron.frequency"),
-        ({"rate": 0.97}, "fires at 97.0%: raise model.neuron.frequency"),
-        ({"saturated": 0.7}, "is saturated at 70%: lower model.neuron.momentum or optimizer.learning_rate"),
-        ({"membrane": 2.0}, "has 0.25 times the amplitude that fits its membrane: lower model.neuron.momentum or "),
-        ({"membrane": 0.1}, "has 5 times the amplitude that fits its membrane: lower model.neuron.momentum or "),
+        (ELASTIC, {"rate": 0.01}, "fires at 1.0%: lower model.neuron.frequency"),
+        (ELASTIC, {"rate": 0.97}, "fires at 97.0%: raise model.neuron.frequency"),
+        (NeuronConfig(kind="lif"), {"rate": 0.01}, "fires at 1.0%: raise model.neuron.leak"),
+        (ELASTIC, {"saturated": 0.7}, "is saturated at 70%: raise model.neuron.frequency"),
+        (
+            ELASTIC,
+            {"membrane": 2.0},
+            "has 0.25 times the amplitude that fits its membrane: lower model.neuron.momentum",
+        ),
+        (ELASTIC, {"membrane": 0.1}, "has 5 times the amplitude that fits its membrane: lower model.neuron"),
+        (
+            FROZEN,
+            {"membrane": 2.0},
+            "has 0.25 times the amplitude that fits its membrane: set model.neuron.amplitude t",
+        ),
+        (FROZEN, {"membrane": 2.0, "saturated": 0.9}, "has 0.25 times the amplitude"),
     ],
-    ids=["silent", "busy", "saturated", "too small", "too large"],
+    ids=["silent", "busy", "silent lif", "saturated", "too small", "too large", "frozen", "saturated since too small"],
 )
-def test_a_site_that_hardly_works_is_named_once(ill, told):
-    health = SpikeHealth(SITES, ELASTIC)
-    assert health.warnings(site_stats(), AMPLITUDES) == []
-    (line,) = health.warnings(site_stats(**ill), AMPLITUDES)
-    assert line.startswith(f"layer0.key, timestep 2, {told}")
-    assert health.warnings(site_stats(**ill), AMPLITUDES) == []
+def test_a_site_that_hardly_works_is_named_once(neuron, ill, told):
+    health = SpikeHealth(SITES, neuron)
+    assert health.warnings(300, site_stats(), AMPLITUDES) == []
+    (line,) = health.warnings(301, site_stats(**ill), AMPLITUDES)
+    assert line.startswith(f"layer0.key, timestep 2, {told}") and line.endswith(", in a new run (--name)")
+    assert health.warnings(302, site_stats(**ill), AMPLITUDES) == []
 
 
-def test_frozen_amplitudes_that_no_longer_fit_should_be_tracked():
-    health = SpikeHealth(SITES, NeuronConfig(frequency=2.0, amplitude="frozen"))
-    (line,) = health.warnings(site_stats(membrane=2.0), AMPLITUDES)
-    assert line.endswith("set model.neuron.amplitude tracked")
+def test_tracked_amplitudes_have_time_to_settle():
+    assert SpikeHealth(SITES, ELASTIC).warnings(299, site_stats(membrane=2.0), AMPLITUDES) == []
+    assert SpikeHealth(SITES, FROZEN).warnings(1, site_stats(membrane=2.0), AMPLITUDES)
 
 
 def test_only_elastic_neurons_have_amplitudes_to_look_at():
     ill = site_stats(saturated=0.9, membrane=50.0)
-    assert SpikeHealth(SITES, NeuronConfig(kind="lif")).warnings(ill, AMPLITUDES) == []
-    assert SpikeHealth([], NeuronConfig(kind="none")).warnings(SpikeStats.zeros(0, 1), torch.zeros(0, 1)) == []
+    assert SpikeHealth(SITES, NeuronConfig(kind="lif")).warnings(300, ill, AMPLITUDES) == []
+    assert SpikeHealth([], NeuronConfig(kind="none")).warnings(300, SpikeStats.zeros(0, 1), torch.zeros(0, 1)) == []
+
+
+def test_sites_that_saw_nothing_are_not_ill():
+    assert SpikeHealth(SITES, ELASTIC).warnings(300, SpikeStats.zeros(2, 2), AMPLITUDES) == []
 
 
 def test_health_is_written_and_shown(tmp_path, monkeypatch):

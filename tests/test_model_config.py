@@ -1,6 +1,7 @@
 """Configurations of neurons and models: defaults, faults named with their values, presets, the way to disk and back."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ def test_one_word_names_the_published_neuron():
     )
     assert (released.num_timesteps, released.leak) == (4, 0.25)
     assert SpikeLMConfig(neuron="released").neuron == preset("encoder-tiny", neuron="released").neuron == released
+    assert released.preset is None and replace(released, frequency=1.5).amplitude == "frozen"
     assert NeuronConfig(preset="released", num_timesteps=1, reset="normalized").reset == "normalized"
     assert SpikeLMConfig(neuron=SpikeLMConfig(neuron="released").to_dict()["neuron"]).neuron == released
 

@@ -131,12 +131,12 @@ def test_faults_are_one_line_without_traceback(tmp_path, capsys):
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_neurons_that_hardly_work_are_listed(tmp_path, capsys):
+def test_faults_of_neurons_are_listed(tmp_path, capsys):
     run = write_run(tmp_path / "demo", 5.0)
     assert report.main([str(run)]) == 0
-    assert "hardly work" not in capsys.readouterr().out
+    assert "faults of neurons" not in capsys.readouterr().out
     Metrics(run, enabled=True, total_steps=20, progress=False).log_health(15, ["layer0.qkv, timestep 1, is silent"])
     assert report.main([str(run)]) == 0
     told = capsys.readouterr().out
-    assert line_of(told, "neurons that hardly work") == ["1"]
+    assert line_of(told, "faults of neurons") == ["1"]
     assert "from step 15: layer0.qkv, timestep 1, is silent" in told

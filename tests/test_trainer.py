@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from models.amplitudes import spiking_stack
+from models.config import NeuronConfig
 from models.modeling import SpikeLMForMaskedLM
 from pipeline.checkpoint import TrainState
 from pipeline.ending import NonFiniteError
 from pipeline.loader import heldout_batches
+from pipeline.metrics import SpikeHealth
 from pipeline.objectives import IGNORED, count_targets
 from pipeline.stopping import StopRequest
 from pipeline.trainer import Trainer
@@ -204,6 +206,7 @@ def test_run_logs_evaluates_and_saves_when_due():
 def test_sites_that_hardly_work_are_told_at_logged_steps():
     trainer, recorder = make_trainer("elastic", total_steps=3)
     trainer.config = replace(trainer.config, logging=replace(trainer.config.logging, every=1))
+    trainer.health = SpikeHealth(trainer.stack.site_names, NeuronConfig(amplitude="frozen"))
     trainer.stack.amplitudes[-1] *= 1000
     trainer.run()
     lines = [(step, line) for step, told in recorder.health for line in told]

@@ -1,5 +1,7 @@
 """Weights, and amplitudes where there are any, from BERT's and the released SpikeLM's checkpoints."""
 
+import weakref
+
 import pytest
 import torch
 from tiny import CONFIG, make_batch, make_model
@@ -290,6 +292,29 @@ def test_a_llama_of_another_shape_is_refused_before_anything_is_copied(theirs, o
     with pytest.raises(ValueError, match=message):
         load_llama(model, llama(**theirs).state_dict())
     assert all(map(torch.equal, before, model.parameters()))
+
+
+class Watched(CheckpointTensors):
+    """Counts the tensors that are alive when another is read."""
+
+    alive, most = (), 0
+
+    def __getitem__(self, name):
+        self.alive = [tensor for tensor in self.alive if tensor() is not None]
+        self.most = max(self.most, 1 + len(self.alive))
+        tensor = super().__getitem__(name)
+        self.alive.append(weakref.ref(tensor))
+        return tensor
+
+
+def test_a_checkpoint_on_disk_is_read_parameter_by_parameter(tmp_path):
+    theirs, ours = llama(tied=False), decoder()
+    theirs.save_pretrained(tmp_path)
+    tensors = Watched(tmp_path)
+    assert load_llama(ours, tensors).missing == []
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    assert tensors.most == 3  # of q, k and v
+    assert tensors.shape("lm_head.weight") == tuple(theirs.lm_head.weight.shape)
 
 
 def test_a_folder_without_safetensors_is_named(tmp_path):

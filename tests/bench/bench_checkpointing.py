@@ -79,7 +79,7 @@ def build_model(options: argparse.Namespace) -> SpikeLMModel:
         hidden_act="gelu" if options.family == "bert" else "silu",
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        neuron={"num_timesteps": options.timesteps[0], "reset": "normalized"},  # the released one overflows at T=8
+        neuron={"num_timesteps": options.timesteps[0]},
     )
     model = SpikeLMModel(config)
     calibrate_amplitudes(model, {"input_ids": torch.arange(5, 5 + min(64, options.tokens)).view(1, -1)})

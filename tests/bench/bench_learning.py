@@ -25,8 +25,8 @@ from pipeline.config import load_run_config
 from pipeline.corpus import build_missing_shards
 from pipeline.options import count
 from pipeline.stopping import StopRequest
-from tests.bench.learning.results import ROOT, append, measure, read_results
-from tests.bench.learning.tables import write_report
+from tests.bench.learning.report import write_report
+from tests.bench.learning.results import ROOT, append, current_commit, measure, read_results, rows_of
 from tests.bench.learning.timing import measure_times
 from tests.bench.learning.variants import RECIPES, VARIANTS, command_line
 
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     os.chdir(ROOT)
     if options.time:
+        for recipe in options.recipes:
+            _build_shards(recipe)
         measure_times(options.recipes)
     elif not options.report and (failed := _train_missing(options)):
         print(f"error: {', '.join(failed)}: see the .log beside the run in {options.output}", file=sys.stderr)
@@ -48,19 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train_missing(options: argparse.Namespace) -> list[str]:
     """Train what was asked for and is not measured yet; returns the names of runs that failed."""
-    measured = set() if options.again else {(each.recipe, each.variant, each.seed) for each in read_results()}
-    runs = [
-        (recipe, variant, seed)
-        for recipe in options.recipes
-        for seed in options.seeds
-        for variant in options.variants
-        if (recipe, variant, seed) not in measured
-    ]
-    for recipe in dict.fromkeys(recipe for recipe, *_ in runs):
-        build_missing_shards(load_run_config(["--recipe", RECIPES[recipe]]).data, StopRequest())  # once, for all runs
+    runs = []
+    for recipe in options.recipes:
+        rows = _build_shards(recipe)
+        known = [] if options.again else [each for each in read_results() if each.rows == rows and each.is_current]
+        measured = {(each.recipe, each.variant, each.seed) for each in known}
+        wanted = [(recipe, variant, seed) for seed in options.seeds for variant in options.variants]
+        runs += [run for run in wanted if run not in measured]
     with ThreadPoolExecutor(options.jobs) as pool:
         names = pool.map(lambda run: _train(*run, options.output), runs)
         return [name for name in names if name is not None]
+
+
+def _build_shards(recipe: str) -> str:
+    """Build what the recipe's shards lack, once for all runs; returns which rows they hold."""
+    config = load_run_config(["--recipe", RECIPES[recipe]])
+    build_missing_shards(config.data, StopRequest())
+    return rows_of(config)
 
 
 def _train(recipe: str, variant: str, seed: int, output: Path) -> str | None:
@@ -70,12 +76,13 @@ def _train(recipe: str, variant: str, seed: int, output: Path) -> str | None:
     command = ["pipeline/pretrain.py", *settings]
     # Runs side by side need ports of their own, and on few cores a thread each is the best use of them.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())}
+    commit = current_commit()
     output.mkdir(parents=True, exist_ok=True)
     with open(output / f"{name}.log", "a", encoding="utf-8") as log:
         ended = subprocess.run([sys.executable, *command], env=environment, stdout=log, stderr=log, check=False)
     if ended.returncode != 0:
         return name
-    append(result := measure(recipe, variant, seed, " ".join(command), output / name))
+    append(result := measure(recipe, variant, seed, " ".join(command), commit, output / name))
     print(f"{name}: held-out loss {result.loss:.4f} nat", flush=True)
     shutil.rmtree(output / name)
     return None
@@ -92,13 +99,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_learning", description=description)
     add = parser.add_argument
     add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what is learned (default: both)")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="(default: all)")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     add("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
     add("--jobs", type=count, default=2, metavar="N", help="runs at once, a thread each (default: 2)")
-    add("--again", action="store_true", help="train what is measured already once more")
-    add("--time", action="store_true", help="train nothing, but measure what a step of each variant costs")
-    add("--report", action="store_true", help="train nothing")
-    add("--output", type=Path, default=Path("runs/learning"), help="folder of runs (default: runs/learning)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--again", action="store_true", help="train what is measured already once more")
+    instead.add_argument("--time", action="store_true", help="only measure what a step of each variant costs")
+    instead.add_argument("--report", action="store_true", help="only make tables and plots")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/learning"),
+        help="folder of runs (default: runs/learning)",
+    )
     return parser.parse_args(arguments)
 
 

@@ -126,7 +126,7 @@ class Watch:
             return True  # of the untrained model
         step, every = lines[-1]["step"], self.config.evaluation.every
         is_due = step == self.config.training.total_steps or (every > 0 and step % every == 0)
-        return lines[-1]["kind"] == "train" and is_due
+        return lines[-1]["kind"] != "heldout" and is_due
 
 
 class Campaign:

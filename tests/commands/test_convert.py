@@ -102,6 +102,7 @@ def test_what_a_configuration_leaves_out_is_llamas_not_ours():
     ("changes", "message"),
     [
         ({"rms_norm_eps": 1e-5}, r"rms_norm_eps is 1e-06, the checkpoint's 1e-05"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 2, the checkpoint's 3"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 2, the checkpoint's 4"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters is .*500000.0"),
     ],

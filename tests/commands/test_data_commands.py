@@ -1,6 +1,7 @@
 """The commands of data_prep, from raw text to verified shards, and what they say when something is wrong."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -361,14 +362,23 @@ def test_splits_without_documents_are_refused(tokenizer, tmp_path, prose, capsys
 def test_a_tokenizers_text_must_leave_a_document_out(tmp_path, prose, capsys):
     texts = [text for text in prose(60) if not is_heldout(text, HELDOUT)]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    least = min(map(hash_share, texts))
+    enough = math.ceil(1e4 * min(map(hash_share, texts)) + 1) / 1e4
     corpus = [f"--input={tmp_path / 'all.jsonl'}"]
     assert train(corpus, tmp_path / "a") == 2
-    told = (
-        f"error: heldout_fraction {HELDOUT} holds no document out: use more than {least:.4f}, here and for the shards"
-    )
+    told = f"error: heldout_fraction {HELDOUT} holds no document out: use {enough} or more, here and for the shards"
     assert told in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_decoders_tokenizer_that_puts_a_space_before_a_text_is_trained_anew(corpus, tmp_path, capsys):
+    causal = {"kind": "sentencepiece", "vocab_size": 380}
+    assert train(corpus, tmp_path / "a", "--template=causal", **causal) == 0
+    record = json.loads((tmp_path / "a" / "training.json").read_text())
+    assert record["origin"]["settings"].pop("prefix") is False
+    (tmp_path / "a" / "training.json").write_text(json.dumps(record))
+    assert train(corpus, tmp_path / "a", "--template=causal", **causal) == 2
+    assert "prefix" in capsys.readouterr().err
+    assert train(corpus, tmp_path / "a", "--template=causal", "--overwrite", **causal) == 0
 
 
 @pytest.mark.parametrize(("kind", "vocab_size"), [("wordpiece", 256), ("sentencepiece", 380)])

@@ -70,7 +70,7 @@ def test_instead_of_offloading_it_counts_the_devices_that_hold_all(plan):
     printed, (peak,) = plan(*large, "--nodes", int(devices) // 8, *change.split())
     assert "It fits" in printed and peak == float(promised)
     assert "Neither a setting nor more devices make it fit" in plan(*large, "--memory", 0.3)[0]
-    assert "libraries alone are assumed to take 2.00 GiB" in plan(*large, "--reserve", 2, "--memory", 1.5)[0]
+    assert "Libraries alone are assumed to take 2.00 GiB" in plan(*large, "--reserve", 2, "--memory", 1.5)[0]
 
 
 def test_vocabulary_and_sample_length_are_those_of_the_shards(plan, causal_shards):

@@ -11,9 +11,11 @@ from data_prep.manifest import Manifest
 from pipeline.config import RunConfig, load_run_config
 from pipeline.footprint import Data, step_work
 from pipeline.report import load_run
+from tests.bench.learning.variants import VARIANTS
 
 ROOT = Path(__file__).parents[3]
-RESULTS = ROOT / "tests" / "bench" / "learning.jsonl"
+FOLDER = ROOT / "tests" / "bench" / "learning"
+RESULTS = FOLDER.with_suffix(".jsonl")
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,13 @@ class Result:
 
     recipe: str
     variant: str
+    overrides: str
     seed: int
     command: str
     commit: str
     torch: str
     rows: str
-    """Fingerprints of the rows, trained and held out: losses of others say nothing about these."""
+    """Fingerprints of the rows, held out and trained: losses of others say nothing about these."""
 
     tokens: int
     """Trained on."""
@@ -46,21 +49,26 @@ class Result:
     rates: list[tuple[int, float]]
     """Firing rate at logged steps."""
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the variant is still what it was when this was measured."""
+        return self.variant in VARIANTS and VARIANTS[self.variant].overrides == self.overrides
 
-def measure(recipe: str, variant: str, seed: int, command: str, folder: Path) -> Result:
+
+def measure(recipe: str, variant: str, seed: int, command: str, commit: str, folder: Path) -> Result:
     """The result of the finished run in `folder`."""
     run = load_run(folder)
     config = load_run_config(["--recipe", str(folder / "recipe.yaml")])
-    manifest, data = Manifest.load(Path(config.data.shards)), sizes(config)
-    training, last = config.training, run.heldout[-1]
+    training, last, data = config.training, run.heldout[-1], sizes(config)
     return Result(
         recipe=recipe,
         variant=variant,
+        overrides=VARIANTS[variant].overrides,
         seed=seed,
         command=command,
-        commit=_commit(),
+        commit=commit,
         torch=torch.__version__,
-        rows=" ".join(manifest.indexes[split] for split in sorted(manifest.indexes)),
+        rows=rows_of(config),
         tokens=training.total_steps * training.global_batch_size * data.sample_length,
         operations=step_work(config, data).total * training.total_steps,
         loss=last[run.loss],
@@ -77,6 +85,12 @@ def sizes(config: RunConfig) -> Data:
     return Data(manifest.vocab_size, config.data.sample_length or manifest.row_length)
 
 
+def rows_of(config: RunConfig) -> str:
+    """The fingerprints of the rows in the recipe's shards."""
+    indexes = Manifest.load(Path(config.data.shards)).indexes
+    return " ".join(indexes[split] for split in sorted(indexes))
+
+
 def append(result: Result) -> None:
     """One more line, whole."""
     with open(RESULTS, "a", encoding="utf-8") as file:
@@ -90,7 +104,11 @@ def read_results() -> list[Result]:
     return [Result(**json.loads(line)) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
-def _commit() -> str:
-    """The commit that is checked out, marked where files differ from it."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+def current_commit() -> str:
+    """The commit that is checked out, marked where any file that is not a benchmark's differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    differs = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!tests/bench")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if differs else "")

@@ -13,30 +13,35 @@ NOTHING, EVERYTHING = "no layers", "twin"
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: overrides of a recipe, and how many times its steps are trained."""
+    """A row of the table: overrides of a recipe, all that it depends on, and how many times its steps are trained."""
 
     overrides: str
     length: int = 1
 
 
-_RELEASED = "--model.neuron.preset released --model.neuron.num_timesteps"
-_TRACKED = (
-    "--model.neuron.frequency 2 --model.neuron.reset released --model.neuron.amplitude tracked "
-    "--model.neuron.num_timesteps"
+_ELASTIC = (
+    "--model.neuron.kind elastic --model.neuron.frequency {k} --model.neuron.amplitude {amplitude} "
+    "--model.neuron.momentum 0.99 --model.neuron.reset {reset} --model.neuron.num_timesteps {T}"
 )
-_DEFAULT = "--model.neuron.num_timesteps"
 
+
+def _elastic(k: float, amplitude: str, reset: str, T: int, length: int = 1) -> Variant:
+    return Variant(_ELASTIC.format(k=k, amplitude=amplitude, reset=reset, T=T), length)
+
+
+# Padding counts nowhere, so that all firing rates are of the same tokens.
 VARIANTS = {
     NOTHING: Variant("--model.neuron.kind none --model.overrides.num_hidden_layers 0"),
     EVERYTHING: Variant("--model.neuron.kind none"),
     "lif T=4": Variant("--model.neuron.kind lif --model.neuron.num_timesteps 4"),
-    "released T=1": Variant(f"{_RELEASED} 1"),
-    "released T=4": Variant(f"{_RELEASED} 4"),
-    "tracked T=1": Variant(f"{_TRACKED} 1"),
-    "tracked T=4": Variant(f"{_TRACKED} 4"),
-    "default T=1": Variant(f"{_DEFAULT} 1"),
-    "default T=4": Variant(f"{_DEFAULT} 4"),
-    "default T=1, 4 x tokens": Variant(f"{_DEFAULT} 1", length=4),
+    "released T=1": _elastic(2, "frozen", "released", 1),
+    "released T=4": _elastic(2, "frozen", "released", 4),
+    "tracked T=1": _elastic(2, "tracked", "released", 1),
+    "tracked T=4": _elastic(2, "tracked", "released", 4),
+    "k=1.2 T=1": _elastic(1.2, "tracked", "normalized", 1),
+    "k=1.4 T=1": _elastic(1.4, "tracked", "normalized", 1),
+    "k=1.4 T=4": _elastic(1.4, "tracked", "normalized", 4),
+    "k=1.4 T=1, 4 x tokens": _elastic(1.4, "tracked", "normalized", 1, length=4),
 }
 
 

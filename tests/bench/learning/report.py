@@ -32,15 +32,15 @@ def write_report(results: Sequence[Result]) -> str:
 
 
 def group(results: Iterable[Result]) -> dict[str, Runs]:
-    """By recipe; variants in the order of VARIANTS, others behind; of a run that was repeated the last."""
+    """By recipe and variant, those that still are what they were; of a run that was repeated the last."""
     by_recipe: dict[str, Runs] = {}
-    for result in results:
+    for result in filter(lambda each: each.is_current, results):
         runs = by_recipe.setdefault(result.recipe, {name: {} for name in VARIANTS})
-        runs.setdefault(result.variant, {})[result.seed] = result
+        runs[result.variant][result.seed] = result
     return {recipe: {name: seeds for name, seeds in runs.items() if seeds} for recipe, runs in by_recipe.items()}
 
 
-def tables(by_recipe: Mapping[str, Runs], times: Mapping[str, Mapping[str, float | str]]) -> str:
+def tables(by_recipe: Mapping[str, Runs], times: Mapping[str, Mapping[str, Any]]) -> str:
     """One section for each recipe."""
     return "\n".join(f"## {name}\n\n{describe(runs, times.get(name, {}))}" for name, runs in by_recipe.items())
 
@@ -56,37 +56,32 @@ def recovered(runs: Runs, variant: str) -> list[float]:
     return shares
 
 
-def describe(runs: Runs, times: Mapping[str, float | str]) -> str:
-    """The table, in Markdown: means over seeds, and standard deviations behind the sign."""
-    columns = (
-        "",
-        "seeds",
-        "held-out loss, nat",
-        "R, %",
-        "firing rate",
-        "spikes/token",
-        "tokens, M",
-        "TFLOP",
-        "time/token",
-    )
+COLUMNS = ("", "seeds", "held-out loss, nat", "R, %", "firing rate", "spikes/token", "tokens, M", "TFLOP", "CPU time")
+
+
+def describe(runs: Runs, times: Mapping[str, Any]) -> str:
+    """The table, in Markdown: means over seeds, standard deviations behind the sign, CPU time a token by the twin's."""
+    relative = times.get("relative", {})
     rows = []
     for name, seeds in runs.items():
-        results = list(seeds.values())
+        results, shares = list(seeds.values()), recovered(runs, name)
+        spiking = [result for result in results if result.firing_rate is not None]
         rows.append(
             [
                 name,
-                str(len(results)),
+                str(len(shares)),
                 _spread([result.loss for result in results], 3),
-                _spread([100 * share for share in recovered(runs, name)], 1),
-                _spread([result.firing_rate for result in results if result.firing_rate is not None], 3),
-                _spread([result.spikes_per_token for result in results if result.spikes_per_token is not None], 0),
+                _spread([100 * share for share in shares], 1),
+                _spread([result.firing_rate for result in spiking], 3),
+                _spread([result.spikes_per_token for result in spiking], 0),
                 f"{results[0].tokens / 1e6:.2f}",
                 f"{results[0].operations / 1e12:.1f}",
-                f"{times[name]:.2f}" if name in times else "-",
+                f"{relative[results[0].overrides]:.2f}" if results[0].overrides in relative else "-",
             ]
         )
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *rows]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return f"{text}\nCPU time: {times['machine']}.\n" if times else text
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -119,9 +114,10 @@ def draw(runs: Runs, path: Path) -> None:
 
 def _draw_shares(axes: Any, runs: Runs, across: Callable[[Result], float | None]) -> None:
     for name, seeds in runs.items():
-        shares, place = [100 * share for share in recovered(runs, name)], across(next(iter(seeds.values())))
-        if place is None or not shares:
+        shares, places = [100 * share for share in recovered(runs, name)], [*map(across, seeds.values())]
+        if not shares or None in places:
             continue
+        place = statistics.mean(places)
         spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
         axes.errorbar(place, statistics.mean(shares), yerr=spread, fmt="o", capsize=3)
         axes.annotate(name, (place, statistics.mean(shares)), xytext=(6, 4), textcoords="offset points", fontsize=8)
