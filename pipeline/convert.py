@@ -23,7 +23,7 @@ from models.modeling import SpikeLMForCausalLM
 from models.warm_start import CheckpointTensors, llama_config, load_llama
 from pipeline.documents import text_documents
 from pipeline.evaluation import Tally, firing_values, perplexity, strided_windows, tally_batches, window_batches
-from pipeline.model_card import CODE, DECODER_USAGE, block, table
+from pipeline.model_card import CODE, DECODER_USAGE, block, hub_header, table
 from pipeline.model_folder import CARD, DTYPES, ExportError, refuse_to_replace, write_model_folder
 from pipeline.options import bounded, count, positive, usable_device
 
@@ -55,7 +55,8 @@ def convert(options: argparse.Namespace) -> str:
     calibrate_amplitudes(spiking, batches[0])
     after = tally_batches(spiking, batches, LOSSES)
     report = describe(options, spiking, len(batches[0]["input_ids"]), before, after)
-    write_model_folder(spiking.to("cpu", DTYPES[options.dtype]), tokenizer, options.output, {CARD: report})
+    card = f"{hub_header(spiking)}\n\n{report}"
+    write_model_folder(spiking.to("cpu", DTYPES[options.dtype]), tokenizer, options.output, {CARD: card})
     return report
 
 
@@ -75,7 +76,7 @@ def _batches(
 def describe(
     options: argparse.Namespace, model: SpikeLMForCausalLM, calibrated_on: int, before: Tally, after: Tally
 ) -> str:
-    """The card of the new folder: what was done, and the losses in fp32 before and after."""
+    """The report, which is the new folder's card, too: what was done, and the losses in fp32 before and after."""
     values = [tally.values() for tally in (before, after)]
     losses, accuracies = ([each[f"causal_lm_{name}"] for each in values] for name in ("loss", "accuracy"))
     rows = [

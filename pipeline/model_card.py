@@ -47,10 +47,15 @@ def describe_model(
         "Recipe": block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items()]
+    title = f"# {state.recipe['name']}\n\n{_summary(model, state)}"
+    return "\n\n".join([hub_header(model), title, *body]) + "\n"
+
+
+def hub_header(model: PreTrainedModel) -> str:
+    """What model hubs read at the head of a card."""
     task, tag = TASKS[model.config.traits.causal]
     tags = {"library_name": "transformers", "pipeline_tag": task, "tags": ["spikelm", "spiking", tag]}
-    header = f"---\n{yaml.safe_dump(tags, sort_keys=False)}---"
-    return "\n\n".join([header, f"# {state.recipe['name']}\n\n{_summary(model, state)}", *body]) + "\n"
+    return f"---\n{yaml.safe_dump(tags, sort_keys=False)}---"
 
 
 def _usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

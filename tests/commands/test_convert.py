@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, BertConfig, GemmaConfig, LlamaConfig, LlamaForCausalLM
 
 from data_prep.tokenization import load_tokenizer
@@ -40,7 +41,8 @@ def convert(folder, *more):
 def test_the_card_tells_the_losses_before_and_after(llama, capsys):
     assert convert(llama, "--num-timesteps", "2", "--windows", "3", "--batch-size", "2") == 0
     printed = capsys.readouterr().out
-    assert (llama / "spiking" / "README.md").read_text() in printed
+    header, card = (llama / "spiking" / "README.md").read_text().removeprefix("---\n").split("---\n\n", 1)
+    assert yaml.safe_load(header)["pipeline_tag"] == "text-generation" and card in printed
     (row,) = [line for line in printed.splitlines() if "next-token loss" in line]
     before, after = (float(cell) for cell in row.split("|")[2:4])
     (ids,) = text_documents([str(llama / "text.txt")], "text", load_tokenizer(llama / "llama"))
