@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, pipeline
+from transformers import pipeline
 
 from data_prep.files import hash_file
 from data_prep.recipes import settings_from_dict
+from data_prep.tokenization import load_tokenizer
 from models.auto import save_with_code
 from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForPreTraining
 from pipeline import model_folder
@@ -190,10 +191,9 @@ def test_a_decoder_is_exported_as_one(runs, tmp_path):
     assert float(tally[0] / tally[1]) == pytest.approx(measured[-1]["causal_lm_loss"], rel=1e-5)
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card and "SpikeLM decoder" in card and "MASK" not in card
-    writer = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
-    (ids,), (text,) = (
-        writer("The capital of", max_new_tokens=8, do_sample=False, return_tensors=tensors) for tensors in (True, False)
-    )
+    writer = pipeline("text-generation", model=model, tokenizer=load_tokenizer(folder))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    (ids,), (text,) = writer("The capital of", return_tensors=True, **options), writer("The capital of", **options)
     whole = writer.tokenizer.decode(ids["generated_token_ids"], skip_special_tokens=True)
     assert text["generated_text"] == whole and whole.startswith("The capital of")
 
