@@ -50,7 +50,7 @@ bench: $(INSTALLED)  ## print times and memory of layer, checkpointing, plans an
 	python -m tests.bench.bench_plan
 	python -m tests.bench.bench_loader
 
-learning: $(INSTALLED)  ## train what the learning benchmark lacks (an hour or two), then print its tables
+learning: $(INSTALLED)  ## train what the learning benchmark lacks, then print its tables
 	@. launch/env.sh
 	python -m tests.bench.bench_learning
 

@@ -223,7 +223,7 @@ def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
     if not agree(path.exists()):
         raise CheckpointError(f"{given} does not exist: name a run, as runs/NAME, or one of its checkpoints")
     folder = next((folder for folder in (path, path / "checkpoints") if _tags(folder)), path.parent)
-    if not agree(bool(_tags(folder)) or not _is_young_run(path)):
+    if not agree(not _is_young_run(path)):
         raise CheckpointError(
             f"{given} has no checkpoint yet: wait for the first, at step checkpoint.every of its recipe"
         )

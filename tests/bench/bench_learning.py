@@ -1,6 +1,6 @@
 """What spiking layers learn, as a share of what ordinary layers learn on the same text.
 
-    python -m tests.bench.bench_learning                         (all: about an hour and a half on two cores)
+    python -m tests.bench.bench_learning                         (all that is missing)
     python -m tests.bench.bench_learning --variants "tracked T=1" --seeds 0 --again
     python -m tests.bench.bench_learning --time                  (what a step costs, all variants side by side)
     python -m tests.bench.bench_learning --report                (tables and plots anew from what is there)
@@ -14,7 +14,6 @@ of these files alone.
 import argparse
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,9 +25,10 @@ from pipeline.corpus import build_missing_shards
 from pipeline.options import count
 from pipeline.stopping import StopRequest
 from tests.bench.learning.report import write_report
-from tests.bench.learning.results import ROOT, append, current_commit, measure, read_results, rows_of
+from tests.bench.learning.results import append, current_commit, measure, read_results, rows_of
 from tests.bench.learning.timing import measure_times
 from tests.bench.learning.variants import RECIPES, VARIANTS, command_line
+from tests.launcher import ROOT, free_port
 
 SEEDS = (0, 1, 2)
 
@@ -75,7 +75,7 @@ def _train(recipe: str, variant: str, seed: int, output: Path) -> str | None:
     settings = command_line(recipe, variant, "--seed", str(seed), "--name", name, "--output", str(output))
     command = ["pipeline/pretrain.py", *settings]
     # Runs side by side need ports of their own, and on few cores a thread each is the best use of them.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     commit = current_commit()
     output.mkdir(parents=True, exist_ok=True)
     with open(output / f"{name}.log", "a", encoding="utf-8") as log:
@@ -88,17 +88,11 @@ def _train(recipe: str, variant: str, seed: int, output: Path) -> str | None:
     return None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     description, _, _ = __doc__.partition("\n")
     parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_learning", description=description)
     add = parser.add_argument
-    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what is learned (default: both)")
+    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what is learned (default: all)")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     add("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
     add("--jobs", type=count, default=2, metavar="N", help="runs at once, a thread each (default: 2)")

@@ -12,8 +12,8 @@ from pipeline.config import RunConfig, load_run_config
 from pipeline.footprint import Data, step_work
 from pipeline.report import load_run
 from tests.bench.learning.variants import VARIANTS
+from tests.launcher import ROOT
 
-ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "tests" / "bench" / "learning"
 RESULTS = FOLDER.with_suffix(".jsonl")
 
