@@ -6,15 +6,20 @@ alpha = k * mean|m| (elastic neurons, Xing et al., ICML 2024), where the mean is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import NeuronConfig
-from .neuron import AMPLITUDE_FLOOR, LIF_THRESHOLD, run_lif, run_memoryless, run_neuron
+from .neuron import LIF_THRESHOLD, run_lif, run_memoryless, run_neuron
+from .spike_linear import Activation, Firing, KeptAsCodes, spike, spike_linear
+from .spike_ops import Backend, decode, resolve_backend, worth
 
 STATISTICS = ("membrane", "count", "positive", "negative", "saturated")
 """What is summed per site and timestep: |m|, elements, spikes of +1, spikes of -1, elements with |m| > alpha."""
@@ -70,6 +75,8 @@ class BlockNeurons:
         counted_BL: which tokens count in the statistics (None: all).
         calibrate: measure the amplitudes instead of reading them. Every rank must take part.
         carries: where T is run in chunks, what each site's membrane leaves to the next chunk, by site; updated by fire.
+        backend: by what elastic neurons are computed (models.spike_ops).
+        checkpointed: the forward is run again for its backward, by a checkpoint that keeps the books of what is kept.
     """
 
     def __init__(
@@ -79,39 +86,71 @@ class BlockNeurons:
         counted_BL: Tensor | None,
         calibrate: bool = False,
         carries: dict[int, Tensor] | None = None,
+        backend: Backend = "auto",
+        checkpointed: bool = False,
     ) -> None:
         self.config = config
-        self.amplitudes = amplitudes
+        # A copy: the backward reads amplitudes once more, and by then the table may have moved on.
+        self.amplitudes = amplitudes if calibrate else amplitudes.clone()
         self.counted_BL = counted_BL
         self.calibrate = calibrate
         self.carries = carries
-        self._sums: list[list[Tensor]] = []
+        self.backend = backend
+        self.checkpointed = checkpointed
+        self._fire_again: dict[int, Callable[[], Tensor]] = {}
+        self._sums: list[Tensor] = []
 
     def fire(self, site: int, x_TBLD: Tensor, *, memoryless: bool = False) -> Tensor:
-        """What the linear layer behind `site` sees: spikes times amplitude, or x itself for kind none."""
-        config = self.config
+        """What stands behind `site` sees: spikes times amplitude, or x itself for kind none."""
+        config, carry = self.config, self._carry(site)
         if config.kind == "none":
             return x_TBLD
-        self._sums.append([])
-        carry = None if self.carries is None else self.carries.get(site)
         if config.kind == "lif":
+            sums: list[Tensor] = []
             spikes_TBLD, carry = run_lif(
-                x_TBLD, leak=config.leak, memoryless=memoryless, carry=carry, observe=self._observe_lif
+                x_TBLD,
+                leak=config.leak,
+                memoryless=memoryless,
+                carry=carry,
+                observe=lambda t, m_BLD: sums.append(_measure_lif(m_BLD, self.counted_BL)),
             )
+            self._sums.append(torch.stack(sums))
             return self._leave(site, spikes_TBLD, carry)
-        alpha_T = self.amplitudes[site]
-
-        def observe(t: int, m_BLD: Tensor) -> None:
-            if self.calibrate:
-                alpha_T[t] = self._calibrated_amplitude(m_BLD)
-            self._sums[-1].append(_measure(m_BLD, alpha_T[t], self.counted_BL))
-
-        if memoryless:
-            return run_memoryless(x_TBLD, alpha_T, observe=observe)
-        spikes_TBLD, carry = run_neuron(
-            x_TBLD, alpha_T, leak=config.leak, reset=config.reset, carry=carry, observe=observe
-        )
+        firing = self._ready(site, x_TBLD, memoryless)
+        spikes_TBLD, code, measured, carry = spike(x_TBLD, self.amplitudes[site], carry, firing)
+        amplitude_T, width = self.worth(site, x_TBLD.dtype), x_TBLD.shape[-1]
+        self._fire_again[site] = partial(decode, code, amplitude_T, width, firing.backend)
+        self._count(measured, width)
         return self._leave(site, spikes_TBLD, carry)
+
+    def project(
+        self,
+        site: int,
+        x_TBLD: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """The linear layer behind `site`, and the activation behind that: as spike_linear where spikes are elastic."""
+        if self.config.kind != "elastic":
+            product = F.linear(self.fire(site, x_TBLD), weight, bias)
+            return product if activation is None else activation(product)
+        firing = self._ready(site, x_TBLD)
+        output, measured, carry = spike_linear(
+            x_TBLD, weight, bias, self.amplitudes[site], self._carry(site), firing, activation, recompute
+        )
+        self._count(measured, x_TBLD.shape[-1])
+        return self._leave(site, output, carry)
+
+    def keeping_codes(
+        self, fired: Mapping[int, Tensor], shaped: Callable[[Tensor], Tensor]
+    ) -> AbstractContextManager[object]:
+        """Within it autograd keeps codes of what was fired at some sites, given by site as `shaped` has made it."""
+        if self.checkpointed or not self._fire_again.keys() >= fired.keys():
+            return nullcontext()
+        again = {site: self._fire_again[site] for site in fired}
+        return KeptAsCodes([(x, lambda site=site: shaped(again[site]())) for site, x in fired.items()])
 
     def worth(self, site: int, dtype: torch.dtype) -> Tensor | None:
         """What a spike of `site` is worth in `fire`'s output, to the bit, [T]; None for kind none."""
@@ -119,28 +158,46 @@ class BlockNeurons:
             return None
         if self.config.kind == "lif":
             return torch.ones(self.config.num_timesteps, dtype=dtype, device=self.amplitudes.device)
-        compute = torch.promote_types(dtype, torch.float32)
-        return self.amplitudes[site].to(compute).clamp(min=AMPLITUDE_FLOOR).to(dtype)
+        return worth(self.amplitudes[site], dtype)
 
     def stats(self) -> Tensor:
         """The sums of SpikeStats for the sites that have fired, [sites, T, 5]; for kind none [0, T, 5]."""
         if not self._sums:
             return torch.zeros(0, self.config.num_timesteps, len(STATISTICS), dtype=torch.float64)
-        return torch.stack([torch.stack(per_timestep) for per_timestep in self._sums])
+        return torch.stack(self._sums)
 
-    def _leave(self, site: int, spikes_TBLD: Tensor, carry: Tensor | None) -> Tensor:
-        if self.carries is not None and carry is not None:
+    def _ready(self, site: int, x_TBLD: Tensor, memoryless: bool = False) -> Firing:
+        """How an elastic neuron fires, its amplitudes calibrated where that is asked for."""
+        reset = "memoryless" if memoryless else self.config.reset
+        if self.calibrate:
+            self._calibrate(self.amplitudes[site], x_TBLD, memoryless)
+        return Firing(reset, self.config.leak, resolve_backend(self.backend, x_TBLD.device))
+
+    def _calibrate(self, alpha_T: Tensor, x_TBLD: Tensor, memoryless: bool) -> None:
+        def observe(t: int, m_BLD: Tensor) -> None:
+            total = m_BLD.abs().sum(-1, dtype=torch.float64)
+            width = torch.full_like(total, m_BLD.shape[-1])
+            sums = _all_reduce_sum(_sum_counted(torch.stack([total, width]), self.counted_BL))
+            alpha_T[t] = self.config.frequency * sums[0] / sums[1]
+
+        if memoryless:
+            run_memoryless(x_TBLD, alpha_T, observe=observe)
+        else:
+            run_neuron(x_TBLD, alpha_T, leak=self.config.leak, reset=self.config.reset, observe=observe)
+
+    def _carry(self, site: int) -> Tensor | None:
+        return None if self.carries is None else self.carries.get(site)
+
+    def _leave(self, site: int, output: Tensor, carry: Tensor | None) -> Tensor:
+        if self.carries is not None and carry is not None and carry.numel():
             self.carries[site] = carry
-        return spikes_TBLD
+        return output
 
-    def _observe_lif(self, t: int, m_BLD: Tensor) -> None:
-        self._sums[-1].append(_measure_lif(m_BLD, self.counted_BL))
-
-    def _calibrated_amplitude(self, m_BLD: Tensor) -> Tensor:
-        total = m_BLD.abs().sum(-1, dtype=torch.float64)
-        width = torch.full_like(total, m_BLD.shape[-1])
-        sums = _all_reduce_sum(_sum_counted([total, width], self.counted_BL))
-        return self.config.frequency * sums[0] / sums[1]
+    def _count(self, measured: Tensor, width: int) -> None:
+        """Keep a site's statistics, given spike_ops.MEASURED of each token [4, T, B, L]."""
+        membrane, *spikes = measured
+        per_token = torch.stack([membrane, torch.full_like(membrane, width), *spikes], dim=-4)
+        self._sums.append(_sum_counted(per_token, self.counted_BL).t())
 
 
 def calibrate_amplitudes(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
@@ -211,35 +268,22 @@ def spiking_stack(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} has no spiking stack: pass a SpikeLM model or an engine around one")
 
 
-def _measure(m_BLD: Tensor, alpha: Tensor, counted_BL: Tensor | None) -> Tensor:
-    """STATISTICS of one site and timestep, [5] in fp64."""
-    a = alpha.to(m_BLD.dtype).clamp(min=AMPLITUDE_FLOOR)
-    size = m_BLD.abs()
-    membrane = size.sum(-1)
-    # Counted as sums of 0 and 1 in one reused buffer: on CPUs far quicker than comparing into bool.
-    saturated = size.gt_(a).sum(-1)
-    positive = torch.gt(m_BLD, 0.5 * a, out=size).sum(-1)
-    negative = torch.lt(m_BLD, -0.5 * a, out=size).sum(-1)
-    width = torch.full_like(membrane, m_BLD.shape[-1])
-    return _sum_counted([membrane, width, positive, negative, saturated], counted_BL)
-
-
 def _measure_lif(m_BLD: Tensor, counted_BL: Tensor | None) -> Tensor:
     size = m_BLD.abs()
     membrane = size.sum(-1)
     spikes = torch.ge(m_BLD, LIF_THRESHOLD, out=size).sum(-1)
     none = torch.zeros_like(spikes)
     width = torch.full_like(spikes, m_BLD.shape[-1])
-    return _sum_counted([membrane, width, spikes, none, none], counted_BL)
+    return _sum_counted(torch.stack([membrane, width, spikes, none, none]), counted_BL)
 
 
-def _sum_counted(per_token: list[Tensor], counted_BL: Tensor | None) -> Tensor:
-    """Sums of [B, L] statistics over the counted tokens, in fp64."""
-    values = torch.stack([value.double() for value in per_token])
+def _sum_counted(per_token: Tensor, counted_BL: Tensor | None) -> Tensor:
+    """Sums of statistics [..., B, L] over the counted tokens, in fp64."""
+    per_token = per_token.double()
     if counted_BL is not None:
         # where, not a product: a pad that is NaN or inf must not enter the sums.
-        values = torch.where(counted_BL, values, 0.0)
-    return values.sum(dim=(1, 2))
+        per_token = torch.where(counted_BL, per_token, 0.0)
+    return per_token.sum(dim=(-2, -1))
 
 
 def _all_reduce_sum(values: Tensor) -> Tensor:

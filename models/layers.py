@@ -3,6 +3,7 @@
 Legend: T spike timesteps (first), B batch, L tokens, D width, H heads, K width of a head, F width of the MLP.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,8 @@ from .amplitudes import BlockNeurons
 from .cache import SpikeCacheLayer
 from .config import NeuronConfig
 from .positions import Rotary, rotate
+from .spike_linear import Activation
+from .spike_ops import Backend
 
 SITES = ("qkv", "key", "value", "attention_output", "mlp_up", "mlp_down")
 """The neurons of a block in the order of the flow: each has its row in the amplitude table."""
@@ -62,6 +65,16 @@ def build_norm(spec: NormSpec, width: int) -> nn.Module:
     return (nn.LayerNorm if spec.kind == "layer" else nn.RMSNorm)(width, eps=spec.eps)
 
 
+class SpikeLinear(nn.Linear):
+    """A linear layer behind the neuron of a site, and, where one is given, the activation behind it."""
+
+    recompute = False
+    """Make what the activation gets again in the backward, instead of keeping it."""
+
+    def forward(self, x_TBLD: Tensor, neurons: BlockNeurons, site: int, activation: Activation | None = None) -> Tensor:
+        return neurons.project(site, x_TBLD, self.weight, self.bias, activation, self.recompute)
+
+
 class SpikeAttention(nn.Module):
     """Self-attention on spikes: one neuron and one product for q, k, v; keys and values are spiked once more.
 
@@ -78,8 +91,8 @@ class SpikeAttention(nn.Module):
         self.head_width = hidden_size // spec.num_heads
         shared = spec.num_key_value_heads * self.head_width
         self.widths = (hidden_size, shared, shared)
-        self.qkv = nn.Linear(hidden_size, sum(self.widths), bias=spec.bias)
-        self.output = nn.Linear(hidden_size, hidden_size, bias=spec.bias)
+        self.qkv = SpikeLinear(hidden_size, sum(self.widths), bias=spec.bias)
+        self.output = SpikeLinear(hidden_size, hidden_size, bias=spec.bias)
 
     def forward(
         self,
@@ -89,7 +102,7 @@ class SpikeAttention(nn.Module):
         rotary: Rotary | None = None,
         cache: SpikeCacheLayer | None = None,
     ) -> Tensor:
-        q, k, v = self.qkv(neurons.fire(QKV, x_TBLD)).split(self.widths, dim=-1)
+        q, k, v = self.qkv(x_TBLD, neurons, QKV).split(self.widths, dim=-1)
         if rotary is None:
             q = q.contiguous()  # a view of q would keep the real k and v alive until the backward
         else:
@@ -98,24 +111,32 @@ class SpikeAttention(nn.Module):
         v = neurons.fire(VALUE, v, memoryless=True)
         if cache is not None:
             k, v = cache.update(k, v, neurons.worth(KEY, k.dtype), neurons.worth(VALUE, v.dtype))
-        return self.output(neurons.fire(ATTENTION_OUTPUT, self._attend(q, k, v, mask)))
+        k, v = self._for_heads(k), self._for_heads(v)
+        with nullcontext() if cache is not None else neurons.keeping_codes({KEY: k, VALUE: v}, self._for_heads):
+            context_TBLD = self._attend(q, k, v, mask)
+        return self.output(context_TBLD, neurons, ATTENTION_OUTPUT)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        T, B, L, D = q.shape
-        K = self.head_width
-        q, k, v = (x.reshape(T * B, x.shape[2], x.shape[-1] // K, K).transpose(1, 2) for x in (q, k, v))
-        if self.sharing > 1:
-            # Not by enable_gqa, with which a mask leaves no fused kernel but the CPU's.
-            k, v = (x.repeat_interleave(self.sharing, dim=1) for x in (k, v))
+        """What each token takes up, [T, B, L, D]; keys and values are given head by head."""
         context_THLK = F.scaled_dot_product_attention(
-            q,
+            self._by_head(q),
             k,
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=self.causal and mask is None,
         )
-        return context_THLK.transpose(1, 2).reshape(T, B, L, D)
+        return context_THLK.transpose(1, 2).reshape(q.shape)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        T, B, L, D = x.shape
+        return x.reshape(T * B, L, D // self.head_width, self.head_width).transpose(1, 2)
+
+    def _for_heads(self, x: Tensor) -> Tensor:
+        """Keys or values head by head, repeated for the query heads that share them."""
+        by_head = self._by_head(x)
+        # Not by enable_gqa, with which a mask leaves no fused kernel but the CPU's.
+        return by_head.repeat_interleave(self.sharing, dim=1) if self.sharing > 1 else by_head
 
 
 class SpikeMLP(nn.Module):
@@ -124,18 +145,18 @@ class SpikeMLP(nn.Module):
     def __init__(self, hidden_size: int, spec: MLPSpec) -> None:
         super().__init__()
         self.gated = spec.gated
-        self.up = nn.Linear(hidden_size, (2 if spec.gated else 1) * spec.intermediate_size, bias=spec.bias)
+        self.up = SpikeLinear(hidden_size, (2 if spec.gated else 1) * spec.intermediate_size, bias=spec.bias)
         self.activation = ACT2FN[spec.activation]
-        self.down = nn.Linear(spec.intermediate_size, hidden_size, bias=spec.bias)
+        self.down = SpikeLinear(spec.intermediate_size, hidden_size, bias=spec.bias)
 
     def forward(self, x_TBLD: Tensor, neurons: BlockNeurons) -> Tensor:
-        hidden_TBLF = self.up(neurons.fire(MLP_UP, x_TBLD))
-        if self.gated:
-            gate_TBLF, hidden_TBLF = hidden_TBLF.chunk(2, dim=-1)
-            hidden_TBLF = self.activation(gate_TBLF) * hidden_TBLF
-        else:
-            hidden_TBLF = self.activation(hidden_TBLF)
-        return self.down(neurons.fire(MLP_DOWN, hidden_TBLF))
+        return self.down(self.up(x_TBLD, neurons, MLP_UP, self._activate), neurons, MLP_DOWN)
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if not self.gated:
+            return self.activation(hidden)
+        gate, hidden = hidden.chunk(2, dim=-1)
+        return self.activation(gate) * hidden
 
 
 class SpikeBlock(GradientCheckpointingLayer):
@@ -146,6 +167,7 @@ class SpikeBlock(GradientCheckpointingLayer):
     """
 
     timesteps_per_cell: int | None = None
+    spike_backend: Backend = "auto"
 
     def __init__(
         self,
@@ -188,8 +210,20 @@ class SpikeBlock(GradientCheckpointingLayer):
         """
         if self._has_cells(len(x_TBLD)) and not calibrate:
             return self._run_cells(x_TBLD, amplitudes, mask, counted_BL, rotary)
-        neurons = BlockNeurons(self.neuron, amplitudes, counted_BL, calibrate)
+        neurons = self._neurons(amplitudes, counted_BL, calibrate)
         return self._run(x_TBLD, neurons, mask, rotary, cache), neurons.stats().to(x_TBLD.device)
+
+    def _neurons(
+        self,
+        amplitudes: Tensor,
+        counted_BL: Tensor | None,
+        calibrate: bool = False,
+        carries: dict[int, Tensor] | None = None,
+    ) -> BlockNeurons:
+        checkpointed = self.gradient_checkpointing and self.training
+        return BlockNeurons(
+            self.neuron, amplitudes, counted_BL, calibrate, carries, self.spike_backend, checkpointed=checkpointed
+        )
 
     def _run(
         self,
@@ -239,7 +273,7 @@ class SpikeBlock(GradientCheckpointingLayer):
         *carries: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         by_site = dict(zip(MEMBRANES, carries, strict=False))  # the first cell has none
-        neurons = BlockNeurons(self.neuron, amplitudes, counted_BL, carries=by_site)
+        neurons = self._neurons(amplitudes, counted_BL, carries=by_site)
         return self._run(x_TBLD, neurons, mask, rotary), neurons.stats().to(x_TBLD.device), list(by_site.values())
 
 

@@ -16,6 +16,7 @@ from .cache import SpikeCache
 from .config import SpikeLMConfig
 from .layers import AttentionSpec, MLPSpec, NormSpec, SpikeBlock, block_sites, build_norm
 from .positions import Rotary, causal_mask, place_tokens, rotary_angles
+from .spike_ops import Backend, resolve_backend
 
 
 class PositionEmbeddings(nn.Embedding):
@@ -143,12 +144,25 @@ class SpikeStack(nn.Module):
         nn.init.constant_(self.amplitudes, float("nan"))
         nn.init.constant_(self.calibrated, self.amplitudes.numel() == 0)
 
-    def set_checkpointing(self, mode: Literal["none", "layer", "timestep"], timesteps_per_cell: int = 1) -> None:
+    def set_spike_backend(self, backend: Backend, device: torch.device) -> None:
+        """What computes elastic neurons (models.spike_ops). ValueError where it cannot, on `device`."""
+        resolve_backend(backend, device)
+        for layer in self.layers:
+            layer.spike_backend = backend
+
+    def set_checkpointing(
+        self,
+        mode: Literal["none", "layer", "timestep"],
+        timesteps_per_cell: int = 1,
+        recompute_hidden: bool = False,
+    ) -> None:
         """What training keeps for the backward: everything (none), or each layer's input, to run the layer again.
 
         "timestep" runs that layer again in cells of `timesteps_per_cell` timesteps, and each cell once more for its own
         backward: what is alive at once is one cell instead of one layer, for a third forward. T or more: as "layer".
-        Raises ValueError for another mode and for cells without timesteps.
+        `recompute_hidden`: what the MLP's activation gets, the largest of what layers of elastic neurons keep, is made
+        again by one more product; with other neurons it is kept. Raises ValueError for another mode and for cells
+        without timesteps.
         """
         # Cells stand inside the layer's checkpoint: alone they keep the carries of all layers, 3D + F a boundary and
         # token, which is more than they save (6 layers, T=8: 414 MB at the peak, layers alone 347, both 159).
@@ -160,6 +174,7 @@ class SpikeStack(nn.Module):
             layer.gradient_checkpointing = mode != "none"
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             layer.timesteps_per_cell = timesteps_per_cell if mode == "timestep" else None
+            layer.mlp.up.recompute = recompute_hidden
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from data_prep.recipes import BelowOne, FolderName, Rule, Share, load_settings, settings_to_dict, strict
 from models.config import FAMILIES, PRESETS, NeuronConfig, SpikeLMConfig
+from models.spike_ops import Backend
 from pipeline.rules import RULES
 
 
@@ -126,6 +127,13 @@ class EngineSettings:
 
     checkpointing_timesteps: PositiveInt = 1
     """Timesteps that checkpointing timestep runs again at once: fewer need less memory, more run faster."""
+
+    recompute_hidden: bool = False
+    """Compute what an MLP's activation gets once more in the backward, from packed spikes, instead of keeping it."""
+
+    spike_backend: Backend = "auto"
+    """What computes elastic neurons: plain torch; cpp, compiled on CPUs at first use; triton on GPUs; auto: the fastest
+    that runs."""
 
     timeout_minutes: PositiveFloat = 10
     """How long a process waits for the others before the run fails."""
@@ -253,6 +261,8 @@ MAY_CHANGE = (
     "engine.ds_config",
     "engine.checkpointing",
     "engine.checkpointing_timesteps",
+    "engine.recompute_hidden",
+    "engine.spike_backend",
     "engine.timeout_minutes",
     "training.micro_batch_size",
     "training.stop_after_step",

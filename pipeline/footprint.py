@@ -148,8 +148,10 @@ def step_work(config: RunConfig, data: Data) -> Work:
     counted = counted_positions(config, data.sample_length) * rows // config.training.micro_batch_size
     head = model.lm_head if is_decoder(config.model) else model.mlm_head
     weights = sum(module.weight.numel() for module in head.modules() if isinstance(module, nn.Linear))
-    again = recomputed_forwards(config, T)
-    return Work(3 * products, again * (products + scores), 3 * scores, 6 * counted * weights)
+    recomputed = recomputed_forwards(config, T) * (products + scores)
+    if config.engine.recompute_hidden:
+        recomputed += 2 * passes * sum(layer.mlp.up.weight.numel() for layer in stack.layers)
+    return Work(3 * products, recomputed, 3 * scores, 6 * counted * weights)
 
 
 def recomputed_forwards(config: RunConfig, num_timesteps: int) -> float:
@@ -336,7 +338,8 @@ def _traced(config: RunConfig, data: Data, device: DeviceKind) -> PassBytes:
     model = empty_model(config, data.vocab_size)
     if config.engine.precision == "bf16":
         model = model.to(torch.bfloat16)
-    spiking_stack(model).set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
+    engine, stack = config.engine, spiking_stack(model)
+    stack.set_checkpointing(engine.checkpointing, engine.checkpointing_timesteps, engine.recompute_hidden)
     batch, losses = _batch(config, data.sample_length)
     return trace_pass(model, batch, losses, counted_positions(config, data.sample_length), device)
 

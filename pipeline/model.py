@@ -34,7 +34,8 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     """The recipe's model for the corpus: freshly initialised, or with the weights of model.warm_start.
 
     Under ZeRO-3 no process ever holds more of a fresh model than its share and one module; a warm start is read whole.
-    Also returns what a warm start has to remark. Raises ValueError, with all faults, where the corpus does not fit.
+    Also returns what a warm start has to remark. Raises ValueError, with all faults, where the corpus does not fit, and
+    for a spike backend that cannot run.
     """
     with torch.device("meta"):
         model = _untrained(config, corpus.tokenizer)
@@ -43,7 +44,9 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
         _refuse_other_llama(model.config, Path(config.model.warm_start))
     partitioned = zero_stage(config) == 3 and not config.model.warm_start
     draw_weights(model, partial(partition_weights, config=config, world=world) if partitioned else None)
-    spiking_stack(model).set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
+    engine, stack = config.engine, spiking_stack(model)
+    stack.set_checkpointing(engine.checkpointing, engine.checkpointing_timesteps, engine.recompute_hidden)
+    stack.set_spike_backend(engine.spike_backend, world.device)
     if not config.model.warm_start:
         return model, []
     load = load_llama if model.config.traits.causal else load_bert

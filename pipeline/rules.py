@@ -171,6 +171,17 @@ def _checkpointing_faults(mode: str, timesteps: int) -> Iterator[str]:
         )
 
 
+def _spike_faults(kind: str, recompute_hidden: bool, backend: str) -> Iterator[str]:
+    if kind == "elastic":
+        return
+    for name, value, default in (("recompute_hidden", recompute_hidden, False), ("spike_backend", backend, "auto")):
+        if value != default:
+            yield (
+                f"engine.{name}: {value!r} has no effect with model.neuron.kind {kind}, whose spikes are not "
+                "packed: leave it out"
+            )
+
+
 def _batch_faults(global_batch_size: int, micro_batch_size: int) -> Iterator[str]:
     if global_batch_size % micro_batch_size:
         yield (
@@ -210,6 +221,7 @@ RULES = (
     Rule(("data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
+    Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
     Rule(("schedule.warmup_steps", "training.total_steps"), _schedule_faults),
     Rule(("training.stop_after_step", "training.total_steps"), _stop_faults),

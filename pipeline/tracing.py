@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.amplitudes import spiking_stack
 
@@ -29,7 +30,8 @@ DeviceKind = Literal["gpu", "cpu"]
 class LiveBytes(TorchDispatchMode):
     """While it is active, counts the bytes of all storages that operators make, from when they are made to their end.
 
-    Only those on devices of type `device` count. Memory that an operator takes and frees within itself is not seen.
+    Only those on devices of type `device` count, and none that were there before, such as weights, though operators
+    return views of them. Memory that an operator takes and frees within itself is not seen.
     """
 
     def __init__(self, device: str) -> None:
@@ -44,24 +46,25 @@ class LiveBytes(TorchDispatchMode):
         peak, self.peak = self.peak, self.live
         return peak
 
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave out what was there before, such as weights: operators may return it as it is."""
-        for tensor in tensors:
-            self._sizes.setdefault(weakref.ref(tensor.untyped_storage(), self._release), 0)
-
     def __torch_dispatch__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
-                self._count(tensor.untyped_storage())
+        for storage in self._storages(args, kwargs):
+            self._count(storage, 0)  # where it is not known, it was there before
+        for storage in self._storages(result):
+            self._count(storage, storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _storages(self, *values: Any) -> Iterator[torch.UntypedStorage]:
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and value.device.type == self.device:
+                yield value.untyped_storage()
+
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
         reference = weakref.ref(storage, self._release)
         if reference not in self._sizes:
-            self._sizes[reference] = size = storage.nbytes()
+            self._sizes[reference] = size
             self.live += size
             self.peak = max(self.peak, self.live)
 
@@ -177,7 +180,6 @@ def trace_pass(
     stack.calibrated = torch.tensor(True)  # read by the model, and so in real memory
     model.train()
     live, marks, behind_layers = LiveBytes("meta"), {}, [0, 0]
-    live.ignore(tensor for tensor in (*model.parameters(), *model.buffers()))
 
     def leave(parameter: nn.Parameter) -> None:
         parameter.grad = None  # goes into a bucket

@@ -209,6 +209,15 @@ FAULTS = [
         ["--engine.checkpointing_timesteps", "2"],
         "engine.checkpointing_timesteps: 2 has no effect with engine.checkpointing none: set that to timestep",
     ),
+    (
+        ["--model.neuron.kind", "lif", "--engine.spike_backend", "torch"],
+        "engine.spike_backend: 'torch' has no effect with model.neuron.kind lif",
+    ),
+    (
+        ["--model.neuron.kind", "none", "--engine.recompute_hidden", "true"],
+        "engine.recompute_hidden: True has no effect with model.neuron.kind none",
+    ),
+    (["--engine.spike_backend", "cuda"], "engine.spike_backend: 'cuda' should be 'auto', 'torch', 'cpp' or 'triton'"),
     (["--training.stop_after_step", "11"], "training.stop_after_step: 11 comes after"),
     (["--resume", "nowhere"], "resume: 'nowhere' is neither auto nor never"),
     (["--resume", ""], "resume: '' is neither auto nor never"),
@@ -421,6 +430,7 @@ def test_what_may_change_on_resumption(load):
         "--data.shards", "moved", "--training.stop_after_step", "4", "--training.micro_batch_size", "4",
         "--logging.every", "1", "--evaluation.every", "0", "--checkpoint.keep", "9",
         "--engine.checkpointing", "timestep", "--engine.checkpointing_timesteps", "2",
+        "--engine.recompute_hidden", "true", "--engine.spike_backend", "torch",
     )  # fmt: skip
     assert differences(load(), new) == []
 

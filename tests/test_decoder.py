@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 from decoders import clear_lif_threshold, each_kind, each_neuron, make_decoder, positions_of, ready_decoder, token_ids
-from tiny import CONFIG, make_batch
-from torch.nn.functional import cross_entropy, pad
+from tiny import CONFIG, make_batch, project_by_fire
+from torch.nn.functional import cross_entropy, linear, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -182,6 +182,7 @@ def test_sites_fire_in_the_order_of_the_flow(monkeypatch):
         fired[SITES[site]] = (x, fire(neurons, site, x, **options), options)
         return fired[SITES[site]][1]
 
+    monkeypatch.setattr(BlockNeurons, "project", project_by_fire)
     monkeypatch.setattr(BlockNeurons, "fire", fire_and_remember)
     positions = positions_of(11, 13)
     with torch.no_grad():
@@ -190,7 +191,7 @@ def test_sites_fire_in_the_order_of_the_flow(monkeypatch):
     assert tuple(fired) == SITES
     embedded = model.get_input_embeddings()(token_ids(rows=1)).expand(2, 1, 24, D)
     torch.testing.assert_close(fired["qkv"][0], layer.attention_norm(embedded))
-    q, k, v = layer.attention.qkv(fired["qkv"][1]).split([D, shared, shared], dim=-1)
+    q, k, v = linear(fired["qkv"][1], layer.attention.qkv.weight).split([D, shared, shared], dim=-1)
     rotary = rotary_angles(model.config, positions)
     assert torch.equal(fired["key"][0], rotate(k, rotary)) and torch.equal(fired["value"][0], v)
     assert fired["key"][2] == fired["value"][2] == {"memoryless": True}
@@ -200,11 +201,11 @@ def test_sites_fire_in_the_order_of_the_flow(monkeypatch):
     scores = (heads[0] @ keys.mT / 2).masked_fill(~documents, -torch.inf)
     context = (scores.softmax(-1) @ values).transpose(2, 3).flatten(3)
     torch.testing.assert_close(fired["attention_output"][0], context)
-    summed = embedded + layer.attention.output(fired["attention_output"][1])
+    summed = embedded + linear(fired["attention_output"][1], layer.attention.output.weight)
     torch.testing.assert_close(fired["mlp_up"][0], layer.mlp_norm(summed))
-    gate, up = layer.mlp.up(fired["mlp_up"][1]).split([F, F], dim=-1)
+    gate, up = linear(fired["mlp_up"][1], layer.mlp.up.weight).split([F, F], dim=-1)
     torch.testing.assert_close(fired["mlp_down"][0], torch.nn.functional.silu(gate) * up)
-    last = summed + layer.mlp.down(fired["mlp_down"][1])
+    last = summed + linear(fired["mlp_down"][1], layer.mlp.down.weight)
     torch.testing.assert_close(hidden, model.model.stack.norm(last.mean(0)))
 
 

@@ -71,7 +71,6 @@ def cluster(devices=1, kind="cpu"):
 def test_live_bytes_are_those_of_storages_that_live():
     weight = torch.zeros(10, 100, requires_grad=True)
     live = LiveBytes("cpu")
-    live.ignore([weight])
     with live:
         x = torch.zeros(5, 10)
         y = (x @ weight).view(500)
@@ -101,7 +100,6 @@ def test_a_traced_pass_takes_what_a_real_one_takes(small, preset, mode, precisio
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     live = LiveBytes("cpu")
-    live.ignore([*model.parameters(), *model.buffers()])
     with live:
         output = model.train()(**{name: tensor.clone() for name, tensor in batch.items()})
         output.loss.backward()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import project_by_fire
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForPreTraining
 
@@ -96,6 +97,7 @@ def test_layer_spikes_equal_the_released_ones(golden_layer, monkeypatch):
         seen[SITES[site]] = fire(neurons, site, x, **options)
         return seen[SITES[site]]
 
+    monkeypatch.setattr(BlockNeurons, "project", project_by_fire)
     monkeypatch.setattr(BlockNeurons, "fire", fire_and_remember)
     with torch.no_grad():
         _run_layer(archive, model, calibrate=False)

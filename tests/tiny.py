@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForPreTraining
@@ -41,6 +42,12 @@ def make_batch(row_lengths=(10, 7, 4), seed=1):
         "labels": torch.where(masked, input_ids, -100),
         "next_sentence_label": torch.arange(rows) % 2,
     }
+
+
+def project_by_fire(neurons, site, x, weight, bias, activation=None, recompute=False):
+    """BlockNeurons.project in two steps, to be put in its place: what each linear layer sees passes through `fire`."""
+    product = F.linear(neurons.fire(site, x), weight, bias)
+    return product if activation is None else activation(product)
 
 
 def rows_of(batch, rows):

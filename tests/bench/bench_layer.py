@@ -7,13 +7,11 @@ T timesteps pass through every weight of a spiking layer, so its measure is the 
 
 import argparse
 import statistics
-import weakref
 from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -21,6 +19,7 @@ from models import amplitudes
 from models.config import SpikeLMConfig, preset
 from models.layers import SITES, SpikeBlock
 from models.stack import build_block
+from pipeline.tracing import LiveBytes
 from tests.bench.tables import cpu_seconds, format_table, machine, median_and_spread
 
 ORDINARY_T = "ordinary, T times the batch"
@@ -74,25 +73,12 @@ def build_variants(config: SpikeLMConfig, rows: int, tokens: int) -> dict[str, C
 
 
 def bytes_kept(forward: Callable[[], Tensor]) -> int:
-    """Bytes of the storages that autograd keeps for the backward, each counted once, parameters apart."""
-    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
-        if not isinstance(tensor, Parameter) and not isinstance(tensor._base, Parameter):
-            kept.add(saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        output = forward()
-    assert output.grad_fn is not None  # and so alive: what autograd has let go by now does not count
-    storages = [saved.tensor.untyped_storage() for saved in kept]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-class _Saved:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    """Bytes of the storages made by the forward that live on when only its graph is left, for the backward."""
+    live = LiveBytes("cpu")
+    with live:
+        graph = forward().grad_fn
+    assert graph is not None
+    return live.live
 
 
 def _spiking_layer(config: SpikeLMConfig, x_TBLD: Tensor) -> tuple[SpikeBlock, Tensor]:

@@ -1,0 +1,245 @@
+"""Spikes as packed codes, 8/3 bits an element: all that the backward of an elastic neuron needs of its forward.
+
+Three primitives stand behind every spiking layer, each an operator of torch.library with a form for each backend:
+
+    encode             membranes are charged, fire and are reset, over all timesteps: codes, statistics, carry
+    decode             what the layer behind the neuron sees
+    membrane_backward  from the gradient of that to the gradient of the neuron's input
+
+An element is in one of six states: 0 silent, 1 and 2 a spike of +1 and -1, 3 and 4 the same beyond the amplitude,
+where no gradient passes, 5 not finite, which is decoded as NaN. Byte j of a row holds those of elements j, j + N and
+j + 2N, as digits to the base 6. Spikes are found without division: s = +-1 where +-m > 0.5 a, saturated where |m| > a,
+which equals the quotient's rounding (models.neuron, whose equations these are) to the bit.
+
+Backends: "torch" runs anywhere; "cpp" is compiled on CPUs at first use; "triton" is for GPUs. "auto" chooses by device.
+
+Legend: T spike timesteps (first), B batch, L tokens, D width, N bytes of a row.
+"""
+
+import logging
+import re
+from functools import cache
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .neuron import AMPLITUDE_FLOOR
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "torch", "cpp", "triton"]
+FASTEST = {"cpu": "cpp", "cuda": "triton"}
+"""Backends by the type of device that they are meant for; others run plain torch."""
+
+RESETS = ("memoryless", "released", "normalized")
+"""What a spike leaves of the membrane: backends are told by the index."""
+
+# An exported folder's copy of this code has operators of its own: those of two versions must not replace each other.
+NAMESPACE = "spikelm" if __name__ == "models.spike_ops" else re.sub(r"\W", "_", __name__)
+
+STATES = 6
+NOT_FINITE = 5
+FIRST_SATURATED = 3
+"""From this state on no gradient passes."""
+
+MEASURED = ("membrane", "positive", "negative", "saturated")
+"""What encode sums over each token's elements: |m|, spikes of +1, spikes of -1, elements with |m| > alpha."""
+
+
+def code_width(width: int) -> int:
+    """Bytes of a row: a third of its elements, rounded up to the 16 that vectors like where that stays below half."""
+    third = -(-width // 3)
+    aligned = -(-third // 16) * 16
+    return aligned if 2 * aligned <= width else third
+
+
+def resolve_backend(backend: Backend, device: torch.device) -> str:
+    """The backend that runs on `device`: "torch", "cpp" or "triton".
+
+    "auto" takes the one meant for the device, or plain torch, with a warning that says why. Raises ValueError for an
+    unknown name, and for a choice that cannot run.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"spike backend is {backend!r}: use one of {', '.join(get_args(Backend))}")
+    wanted = FASTEST.get(device.type, "torch") if backend == "auto" else backend
+    if wanted == "torch" or (fault := _fault(wanted, device.type)) is None:
+        return wanted
+    if backend != "auto":
+        raise ValueError(f"spike backend {backend!r} cannot run here: {fault}: use auto or torch")
+    return "torch"
+
+
+@cache
+def _fault(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot run on such a device; None where it can. Said once, since auto then takes plain torch."""
+    try:
+        _module(backend).check(device_type)
+    except (ImportError, OSError, RuntimeError) as fault:
+        logger.warning("spikes are computed in plain torch, which is slower: %s", fault)
+        return str(fault)
+    return None
+
+
+def _module(backend: str) -> ModuleType:
+    """The backend's module. Imported when it is needed: one needs a compiler, the other a library."""
+    if backend == "cpp":
+        from . import spike_ops_cpp as module
+    else:
+        from . import spike_ops_triton as module
+    return module
+
+
+@torch.library.custom_op(f"{NAMESPACE}::encode", mutates_args=())
+def encode(
+    x_TBLD: Tensor, alpha_T: Tensor, carry_BLD: Tensor | None, reset: str, leak: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [T, B, L, N] (uint8), MEASURED of each token [4, T, B, L] (fp64), and the carry behind the last timestep.
+
+    Args:
+        x_TBLD: what charges the membranes; arithmetic is in at least fp32.
+        alpha_T: raw amplitudes; the floor is applied where models.neuron does.
+        carry_BLD: what the first timestep adds to its input, in the arithmetic's dtype; None: zero.
+        reset: as models.neuron has it; memoryless: every timestep fires on its own input, and the carry is empty.
+        leak: share of the membrane that a timestep hands on.
+        backend: as resolve_backend gives it.
+    """
+    alpha_T = alpha_T.detach().to(compute_dtype(x_TBLD.dtype))
+    if backend == "torch":
+        return _encode(x_TBLD, alpha_T, carry_BLD, reset, leak)
+    code, measured, carry = _empty_encoded(x_TBLD, reset)
+    _module(backend).encode(x_TBLD, alpha_T, carry_BLD, RESETS.index(reset), leak, code, measured, carry)
+    return code, measured, carry
+
+
+@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=())
+def decode(code_TBLN: Tensor, worth_T: Tensor, width: int, backend: str) -> Tensor:
+    """Spikes times what each is worth, [T, B, L, width], in the dtype of `worth_T` (see `worth`)."""
+    if backend == "torch":
+        levels, states = [_levels(a) for a in worth_T], unpack(code_TBLN, width)
+        return torch.stack([_look_up(each, state) for each, state in zip(levels, states, strict=True)])
+    decoded_TBLD = _empty_decoded(code_TBLN, worth_T, width)
+    _module(backend).decode(code_TBLN, worth_T, decoded_TBLD)
+    return decoded_TBLD
+
+
+@torch.library.custom_op(f"{NAMESPACE}::membrane_backward", mutates_args=())
+def membrane_backward(
+    grad_TBLD: Tensor,
+    code_TBLN: Tensor,
+    alpha_T: Tensor,
+    grad_carry_BLD: Tensor | None,
+    reset: str,
+    leak: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """From the gradients of the neuron's output and carry to those of its input [T, B, L, D] and of the carry it got.
+
+    The first has the dtype of `grad_TBLD`, the second that of the arithmetic; memoryless: it is empty.
+    """
+    alpha_T = alpha_T.detach().to(compute_dtype(grad_TBLD.dtype))
+    if backend == "torch":
+        return _membrane_backward(grad_TBLD, code_TBLN, alpha_T, grad_carry_BLD, reset, leak)
+    grad_x, grad_carry = _empty_backward(grad_TBLD, reset)
+    _module(backend).membrane_backward(
+        grad_TBLD, code_TBLN, alpha_T, grad_carry_BLD, RESETS.index(reset), leak, grad_x, grad_carry
+    )
+    return grad_x, grad_carry
+
+
+def _empty_encoded(x_TBLD: Tensor, reset: str) -> tuple[Tensor, Tensor, Tensor]:
+    *shape, width = x_TBLD.shape
+    code = x_TBLD.new_empty(*shape, code_width(width), dtype=torch.uint8)
+    return code, x_TBLD.new_empty(len(MEASURED), *shape, dtype=torch.float64), _empty_carry(x_TBLD, reset)
+
+
+def _empty_decoded(code_TBLN: Tensor, worth_T: Tensor, width: int) -> Tensor:
+    return worth_T.new_empty(*code_TBLN.shape[:-1], width)
+
+
+def _empty_backward(grad_TBLD: Tensor, reset: str) -> tuple[Tensor, Tensor]:
+    return grad_TBLD.new_empty(grad_TBLD.shape), _empty_carry(grad_TBLD, reset)
+
+
+def _empty_carry(x_TBLD: Tensor, reset: str) -> Tensor:
+    shape = (0,) if reset == "memoryless" else x_TBLD.shape[1:]
+    return x_TBLD.new_empty(shape, dtype=compute_dtype(x_TBLD.dtype))
+
+
+encode.register_fake(lambda x, alpha, carry, reset, leak, backend: _empty_encoded(x, reset))
+decode.register_fake(lambda code, worth, width, backend: _empty_decoded(code, worth, width))
+membrane_backward.register_fake(lambda grad, code, alpha, carry, reset, leak, backend: _empty_backward(grad, reset))
+
+
+def _encode(
+    x_TBLD: Tensor, alpha_T: Tensor, carry: Tensor | None, reset: str, leak: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    states, measured = [], []
+    for x_BLD, alpha in zip(x_TBLD, alpha_T, strict=True):
+        m = x_BLD.to(alpha.dtype) if carry is None else carry + x_BLD
+        a = alpha.clamp(min=AMPLITUDE_FLOOR)
+        size = m.abs()
+        up, down, beyond = (each.to(torch.uint8) for each in (m > 0.5 * a, m < -0.5 * a, size > a))
+        states.append((up + 2 * down + 2 * beyond).masked_fill_(~m.isfinite(), NOT_FINITE))
+        counts = [each.sum(-1).double() for each in (up, down, beyond)]
+        measured.append(torch.stack([size.sum(-1).double(), *counts]))
+        if reset != "memoryless":
+            carry = (m * leak) * _look_up(_factors(alpha, reset), states[-1])
+    left = alpha_T.new_empty(0) if reset == "memoryless" else carry
+    return pack(torch.stack(states)), torch.stack(measured, dim=1), left
+
+
+def _membrane_backward(
+    grad_TBLD: Tensor, code_TBLN: Tensor, alpha_T: Tensor, d: Tensor | None, reset: str, leak: float
+) -> tuple[Tensor, Tensor]:
+    states_TBLD = unpack(code_TBLN, grad_TBLD.shape[-1])
+    passes = torch.arange(STATES, device=grad_TBLD.device).lt(FIRST_SATURATED).to(alpha_T.dtype)
+    grads = []
+    for grad_BLD, alpha, state in zip(grad_TBLD.flip(0), alpha_T.flip(0), states_TBLD.flip(0), strict=True):
+        grad = grad_BLD.to(alpha.dtype) * _look_up(passes, state)
+        if d is not None and reset != "memoryless":
+            grad = grad + (d * _look_up(_factors(alpha, reset), state)) * leak
+        d = grad
+        grads.insert(0, d.to(grad_TBLD.dtype))
+    return torch.stack(grads), alpha_T.new_empty(0) if reset == "memoryless" else d
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of membranes and carries for inputs of `dtype`: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def worth(alpha_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a spike is worth to the layer behind it, [T]: the floored amplitude, rounded once, to `dtype`."""
+    return alpha_T.detach().to(compute_dtype(dtype)).clamp(min=AMPLITUDE_FLOOR).to(dtype)
+
+
+def pack(states_TBLD: Tensor) -> Tensor:
+    """States 0 to 5 as bytes, [T, B, L, N]."""
+    width = states_TBLD.shape[-1]
+    bytes_ = code_width(width)
+    first, second, third = F.pad(states_TBLD, (0, 3 * bytes_ - width)).unflatten(-1, (3, bytes_)).unbind(-2)
+    return first + STATES * second + STATES**2 * third
+
+
+def unpack(code_TBLN: Tensor, width: int) -> Tensor:
+    """The states that were packed, [T, B, L, width] (uint8)."""
+    digits = [code_TBLN % STATES, code_TBLN // STATES % STATES, code_TBLN // STATES**2]
+    return torch.cat(digits, dim=-1)[..., :width]
+
+
+def _levels(a: Tensor) -> Tensor:
+    """What the states are worth, [6]."""
+    return torch.stack([torch.zeros_like(a), a, -a, a, -a, torch.full_like(a, torch.nan)])
+
+
+def _factors(alpha: Tensor, reset: str) -> Tensor:
+    """What the reset leaves of the membrane in each state, [6]."""
+    levels = _levels(alpha.clamp(min=AMPLITUDE_FLOOR))
+    return alpha - levels if reset == "released" else (levels == 0).to(levels.dtype)
+
+
+def _look_up(table: Tensor, state: Tensor) -> Tensor:
+    return F.embedding(state.int(), table[:, None]).squeeze(-1)

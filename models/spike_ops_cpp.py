@@ -1,0 +1,165 @@
+"""The primitives of spike_ops for CPUs: spike_ops.cpp, compiled at first use and called through its C interface.
+
+The library lies in torch's folder of extensions, under a name made of source, flags, compiler and processor. It is
+written in one move: processes that compile it at the same time do not wait for each other, and none is left half done.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .neuron import AMPLITUDE_FLOOR
+
+SOURCE = Path(__file__).with_name("spike_ops.cpp")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # No fused multiply-add: the roundings are those of models.neuron. The others let loops become vectors.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""Others pass through fp32, which holds them exactly."""
+
+_P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_SIZES = (_I, _I, _I, _I, ctypes.c_int)
+_ARGUMENTS = {
+    "encode": (_P, _I, _I, _P, _P, _D, ctypes.c_int, _P, _P, _P, _P, *_SIZES),
+    "decode": (_P, _P, _P, *_SIZES),
+    "membrane_backward": (_P, _P, _P, _P, _D, ctypes.c_int, _P, _P, _P, *_SIZES),
+}
+
+
+def check(device_type: str) -> None:
+    """Compile the library, or raise OSError or RuntimeError saying why it cannot be."""
+    if device_type != "cpu":
+        raise RuntimeError(f"it runs on CPUs, and the tensors are on {device_type}")
+    _library()
+
+
+def encode(
+    x_TBLD: Tensor,
+    alpha_T: Tensor,
+    carry_BLD: Tensor | None,
+    reset: int,
+    leak: float,
+    code_TBLN: Tensor,
+    measured: Tensor,
+    left_BLD: Tensor,
+) -> None:
+    """As spike_ops.encode, into the last three; amplitudes and carry are in the arithmetic's dtype."""
+    x_TBLD = _rows_apart(x_TBLD if x_TBLD.dtype in DTYPES else x_TBLD.float())
+    apart = (x_TBLD.stride(0), x_TBLD.stride(-2))
+    where = (_contiguous(carry_BLD), left_BLD, code_TBLN, measured)
+    _call("encode", x_TBLD, code_TBLN, x_TBLD, *apart, *_amplitudes(alpha_T), leak, reset, *where)
+
+
+def decode(code_TBLN: Tensor, worth_T: Tensor, decoded_TBLD: Tensor) -> None:
+    """As spike_ops.decode, into the last."""
+    out_TBLD = _writable(decoded_TBLD)
+    worth_T = worth_T.to(torch.promote_types(worth_T.dtype, torch.float32))
+    _call("decode", out_TBLD, code_TBLN, code_TBLN.contiguous(), worth_T.contiguous(), out_TBLD)
+    _write_back(out_TBLD, decoded_TBLD)
+
+
+def membrane_backward(
+    grad_TBLD: Tensor,
+    code_TBLN: Tensor,
+    alpha_T: Tensor,
+    grad_carry_BLD: Tensor | None,
+    reset: int,
+    leak: float,
+    grad_x_TBLD: Tensor,
+    grad_left_BLD: Tensor,
+) -> None:
+    """As spike_ops.membrane_backward, into the last two; amplitudes and carries are in the arithmetic's dtype."""
+    out_TBLD = _writable(grad_x_TBLD)
+    grad_TBLD = grad_TBLD.to(out_TBLD.dtype).contiguous()
+    where = (_contiguous(grad_carry_BLD), out_TBLD, grad_left_BLD)
+    code_TBLN = code_TBLN.contiguous()
+    _call("membrane_backward", out_TBLD, code_TBLN, grad_TBLD, code_TBLN, *_amplitudes(alpha_T), leak, reset, *where)
+    _write_back(out_TBLD, grad_x_TBLD)
+
+
+def _call(name: str, x_TBLD: Tensor, code_TBLN: Tensor, *arguments: Any) -> None:
+    """Call the form for x's dtype. Tensors go as their addresses, empty ones and None as null."""
+    function = getattr(_library(), f"{name}_{str(x_TBLD.dtype).removeprefix('torch.')}")
+    function.argtypes = _ARGUMENTS[name]
+    T, *_, N = code_TBLN.shape
+    rows = code_TBLN.numel() // max(T * N, 1)
+    sizes = (T, rows, x_TBLD.shape[-1], N, torch.get_num_threads())
+    function(*(_address(each) if isinstance(each, Tensor) else each for each in arguments), *sizes)
+
+
+def _address(tensor: Tensor) -> int | None:
+    return tensor.data_ptr() if tensor.numel() else None
+
+
+def _amplitudes(alpha_T: Tensor) -> tuple[Tensor, Tensor]:
+    return alpha_T.contiguous(), alpha_T.clamp(min=AMPLITUDE_FLOOR)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _rows_apart(x_TBLD: Tensor) -> Tensor:
+    """x itself where its rows are whole and equally far apart within a timestep, as in expanded tensors and slices."""
+    _, _, L, _ = x_TBLD.shape
+    regular = x_TBLD.stride(-1) == 1 and x_TBLD.stride(1) == L * x_TBLD.stride(2)
+    return x_TBLD if regular else x_TBLD.contiguous()
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in DTYPES else torch.empty_like(tensor, dtype=torch.float32)
+
+
+def _write_back(written: Tensor, tensor: Tensor) -> None:
+    if written is not tensor:
+        tensor.copy_(written)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    if not SOURCE.exists():  # models exported with their code carry Python alone
+        raise OSError(f"{SOURCE.name} does not lie beside {Path(__file__).name}")
+    compiler = os.environ.get("CXX", "g++")
+    path = _folder() / f"spike_ops-{_fingerprint(compiler)}.so"
+    if not path.exists():
+        _compile(compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def _folder() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)) / "spikelm"
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that the library depends on; nodes that share a home may have different processors."""
+    version = _run([compiler, "--version"])
+    target = _run([compiler, "-march=native", "-Q", "--help=target"], check=False)
+    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, target, platform.machine())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        _run([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        os.replace(made, path)
+
+
+def _run(command: list[str], check: bool = True) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command[:1])} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
