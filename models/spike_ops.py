@@ -118,8 +118,8 @@ def encode(
 def decode(code_TBLN: Tensor, worth_T: Tensor, width: int, backend: str) -> Tensor:
     """Spikes times what each is worth, [T, B, L, width], in the dtype of `worth_T` (see `worth`)."""
     if backend == "torch":
-        levels, states = [_levels(a) for a in worth_T], unpack(code_TBLN, width)
-        return torch.stack([_look_up(each, state) for each, state in zip(levels, states, strict=True)])
+        states_TBLD = unpack(code_TBLN, width)
+        return torch.stack([_spikes(state, a) for state, a in zip(states_TBLD, worth_T, strict=True)])
     decoded_TBLD = _empty_decoded(code_TBLN, worth_T, width)
     _module(backend).decode(code_TBLN, worth_T, decoded_TBLD)
     return decoded_TBLD
@@ -186,7 +186,7 @@ def _encode(
         counts = [each.sum(-1).double() for each in (up, down, beyond)]
         measured.append(torch.stack([size.sum(-1).double(), *counts]))
         if reset != "memoryless":
-            carry = (m * leak) * _look_up(_factors(alpha, reset), states[-1])
+            carry = (m * leak) * _left(states[-1], alpha, reset)
     left = alpha_T.new_empty(0) if reset == "memoryless" else carry
     return pack(torch.stack(states)), torch.stack(measured, dim=1), left
 
@@ -195,12 +195,11 @@ def _membrane_backward(
     grad_TBLD: Tensor, code_TBLN: Tensor, alpha_T: Tensor, d: Tensor | None, reset: str, leak: float
 ) -> tuple[Tensor, Tensor]:
     states_TBLD = unpack(code_TBLN, grad_TBLD.shape[-1])
-    passes = torch.arange(STATES, device=grad_TBLD.device).lt(FIRST_SATURATED).to(alpha_T.dtype)
     grads = []
     for grad_BLD, alpha, state in zip(grad_TBLD.flip(0), alpha_T.flip(0), states_TBLD.flip(0), strict=True):
-        grad = grad_BLD.to(alpha.dtype) * _look_up(passes, state)
+        grad = grad_BLD.to(alpha.dtype) * (state < FIRST_SATURATED)
         if d is not None and reset != "memoryless":
-            grad = grad + (d * _look_up(_factors(alpha, reset), state)) * leak
+            grad = grad + (d * _left(state, alpha, reset)) * leak
         d = grad
         grads.insert(0, d.to(grad_TBLD.dtype))
     return torch.stack(grads), alpha_T.new_empty(0) if reset == "memoryless" else d
@@ -230,16 +229,14 @@ def unpack(code_TBLN: Tensor, width: int) -> Tensor:
     return torch.cat(digits, dim=-1)[..., :width]
 
 
-def _levels(a: Tensor) -> Tensor:
-    """What the states are worth, [6]."""
-    return torch.stack([torch.zeros_like(a), a, -a, a, -a, torch.full_like(a, torch.nan)])
+def _spikes(state: Tensor, a: Tensor) -> Tensor:
+    """What the states are worth where a spike is worth `a`, in its dtype."""
+    sign = (state & 1) * 2 - (state != 0).to(torch.uint8)  # 1, 0, or -1 as 255
+    return (sign.view(torch.int8).to(a.dtype) * a).masked_fill_(state == NOT_FINITE, torch.nan)
 
 
-def _factors(alpha: Tensor, reset: str) -> Tensor:
-    """What the reset leaves of the membrane in each state, [6]."""
-    levels = _levels(alpha.clamp(min=AMPLITUDE_FLOOR))
-    return alpha - levels if reset == "released" else (levels == 0).to(levels.dtype)
-
-
-def _look_up(table: Tensor, state: Tensor) -> Tensor:
-    return F.embedding(state.int(), table[:, None]).squeeze(-1)
+def _left(state: Tensor, alpha: Tensor, reset: str) -> Tensor:
+    """What the reset leaves of the membrane, as a factor."""
+    if reset == "released":
+        return alpha - _spikes(state, alpha.clamp(min=AMPLITUDE_FLOOR))
+    return (state == 0).to(alpha.dtype)

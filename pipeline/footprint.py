@@ -214,9 +214,10 @@ def held_states(config: RunConfig, data: Data, cluster: Cluster) -> States:
     """The states of a process, from the recipe's ZeRO stage, precision and number of processes."""
     zero = build_ds_config(config, cluster.size, Path())["zero_optimization"]
     width = 2 if config.engine.precision == "bf16" else 4
-    sizes = _sizes(empty_model(config, data.vocab_size))
+    model = empty_model(config, data.vocab_size)
+    sizes = _sizes(model)
     accumulates = accumulation_steps(config, cluster.size) > 1
-    keeps_views = config.engine.checkpointing == "none"
+    keeps_views = config.engine.checkpointing == "none" and model.config.neuron.kind != "elastic"
     partitioned = _Partitioned(zero, width, sizes, cluster, accumulates, keeps_views)
     return partitioned.weights_too() if zero["stage"] == 3 else partitioned.optimizer()
 
@@ -298,8 +299,8 @@ class _Partitioned:
     def _gathered(self, weights_offloaded: bool) -> float:
         """Weights that are whole on the device in a pass. A process of its own uses what it has there as it is.
 
-        DeepSpeed lets go of a layer's weights behind its forward, but the products keep views of them for the backward:
-        all of them, unless layers run again.
+        DeepSpeed lets go of a layer's weights behind its forward, but torch's products keep views of them for the
+        backward: all of them, unless layers run again. Behind elastic neurons only the parameter is kept, not its weights.
         """
         if self.cluster.size == 1 and (self.cluster.kind == "cpu" or not weights_offloaded):
             return 0

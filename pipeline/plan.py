@@ -6,6 +6,7 @@ Takes every option of pipeline.pretrain as well. Vocabulary and sample length ar
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,13 @@ from pipeline.tracing import PassBytes
 GIB = 2**30
 DAY = 24 * 60 * 60
 TIMESTEPS = (1, 2, 4, 8)
-MODES = ("none", "layer", "timestep")
+MODES = {
+    "none": {"checkpointing": "none", "recompute_hidden": False},
+    "none, hidden recomputed": {"checkpointing": "none", "recompute_hidden": True},
+    "layer": {"checkpointing": "layer", "recompute_hidden": False},
+    "timestep": {"checkpointing": "timestep", "recompute_hidden": False},
+}
+"""What the table of activations compares; the second is for elastic neurons alone."""
 
 RESERVES = {"gpu": 2.0, "cpu": 0.6}
 """GiB of a device that libraries take: on a GPU the context, communication and what falls between allocations."""
@@ -73,10 +80,11 @@ class Change:
     options: tuple[str, ...]
     costs: tuple[str, ...]
 
-    def by(self, section: str, option: str, value: str | int, cost: str) -> "Change":
+    def by(self, section: str, option: str, value: str | int | bool, cost: str) -> "Change":
         """This change and one more."""
         config = changed(self.config, section, **{option: value})
-        return Change(config, (*self.options, f"--{section}.{option} {value}"), (*self.costs, cost))
+        word = json.dumps(value) if isinstance(value, bool) else value
+        return Change(config, (*self.options, f"--{section}.{option} {word}"), (*self.costs, cost))
 
 
 def find_data(config: RunConfig, vocab_size: int | None, sample_length: int | None) -> Data:
@@ -129,19 +137,22 @@ def _micro_batches(change: Change) -> Iterator[Change]:
 
 def _modes(change: Change) -> Iterator[Change]:
     yield change
-    mode, timesteps = change.config.engine.checkpointing, change.config.model.neuron.num_timesteps
+    mode, neuron = change.config.engine.checkpointing, change.config.model.neuron
+    if mode == "none" and neuron.kind == "elastic" and not change.config.engine.recompute_hidden:
+        yield change.by("engine", "recompute_hidden", True, "a second product into each MLP")
     if mode == "none":
         yield change.by("engine", "checkpointing", "layer", "a second forward of the layers")
-    if mode != "timestep" and timesteps > 1:
+    if mode != "timestep" and neuron.num_timesteps > 1:
         yield change.by("engine", "checkpointing", "timestep", "a second and a third forward of the layers")
 
 
 def cheapest_fit(config: RunConfig, data: Data, cluster: Cluster) -> tuple[Change, Footprint] | None:
     """The first of all changes with which the run fits, and what it then needs; None where none helps."""
-    traced: dict[tuple[int, str], PassBytes] = {}
+    traced: dict[tuple[int, str, bool], PassBytes] = {}
 
     def need(change: Change) -> Footprint:
-        key = (change.config.training.micro_batch_size, change.config.engine.checkpointing)
+        engine = change.config.engine
+        key = (change.config.training.micro_batch_size, engine.checkpointing, engine.recompute_hidden)
         if key not in traced:
             traced[key] = pass_bytes(change.config, data, cluster.kind)
         return footprint(change.config, data, cluster, traced[key])
@@ -279,10 +290,12 @@ def _describe_activations(config: RunConfig, data: Data, cluster: Cluster) -> st
     neuron = config.model.neuron
     timesteps = (1,) if neuron.kind == "none" else TIMESTEPS
     rows = []
-    for mode in MODES:
-        row = [mode]
+    for name, mode in MODES.items():
+        if mode["recompute_hidden"] and neuron.kind != "elastic":
+            continue
+        row = [name]
         for T in timesteps:
-            engine = replace(config.engine, checkpointing=mode, checkpointing_timesteps=1)
+            engine = replace(config.engine, **mode, checkpointing_timesteps=1)
             model = replace(config.model, neuron=replace(neuron, num_timesteps=T))
             row.append(_gib(pass_bytes(replace(config, engine=engine, model=model), data, cluster.kind).peak))
         rows.append(row)

@@ -1,6 +1,13 @@
+import os
 from random import Random
 
-import numpy as np
+import torch
+
+# Before anything imports Triton: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
 import pytest
 from hypothesis import settings
 

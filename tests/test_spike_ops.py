@@ -1,6 +1,10 @@
 """The primitives on packed codes: each backend against the pure neurons, to the bit, and the choice of a backend."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,10 +27,12 @@ from models.spike_ops import (
     unpack,
     worth,
 )
+from tests.launcher import ROOT
 
 CPU = torch.device("cpu")
-BACKENDS = ("torch", "cpp")
+BACKENDS = ("torch", "cpp", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTERPRETED = not torch.cuda.is_available()
 LEAK = 0.3  # no power of two, so that rounding shows the order of the products
 
 
@@ -54,6 +60,11 @@ def same(ours, theirs):
     return torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(7.5), theirs.nan_to_num(7.5))
 
 
+def truncated(x):
+    """fp32 to bf16 towards zero, as Triton's interpreter has it; its compiler rounds to nearest."""
+    return (x.view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+
 def check(x, alpha, reset, backend, carry=None, grad_carry=None):
     grad = random(*x.shape, seed=5, dtype=x.dtype)
     o, left, grad_x, grad_in = reference(x, alpha, reset, carry, grad, grad_carry)
@@ -61,6 +72,9 @@ def check(x, alpha, reset, backend, carry=None, grad_carry=None):
     assert code.shape == (*x.shape[:-1], code_width(x.shape[-1])) and code.dtype == torch.uint8
     assert same(decode(code, worth(alpha, x.dtype), x.shape[-1], backend), o)
     ours, ours_in = membrane_backward(grad, code, alpha, grad_carry, reset, LEAK, backend)
+    if INTERPRETED and backend == "triton" and x.dtype == torch.bfloat16:
+        _, _, exact, _ = reference(x.float(), alpha, reset, carry, grad.float(), grad_carry)
+        grad_x = truncated(exact)
     assert same(ours, grad_x) and ours.dtype == x.dtype
     if left is not None:
         assert same(carried, left) and carried.dtype == compute_dtype(x.dtype)
@@ -161,6 +175,18 @@ def test_operators_keep_what_they_promise_to_torch(reset, dtype):
         torch.library.opcheck(decode, (code, worth(alpha, dtype), 70, backend), test_utils=checks)
         arguments = (x, code, alpha, carry, reset, LEAK, backend)
         torch.library.opcheck(membrane_backward, arguments, test_utils=checks)
+
+
+def test_kernels_compile_for_gpus_and_round_as_the_reference_does():
+    """By Triton's compiler, which needs no GPU; the interpreter takes more than it does. About 15 s."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_kernels"], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    fused = json.loads(done.stdout.splitlines()[-1])
+    assert len(fused) == 14 and not any(fused.values()), fused
 
 
 # The choice of a backend

@@ -8,21 +8,24 @@ T timesteps pass through every weight of a spiking layer, so its measure is the 
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from models import amplitudes
+from models.amplitudes import STATISTICS, BlockNeurons
 from models.config import SpikeLMConfig, preset
 from models.layers import SITES, SpikeBlock
+from models.neuron import run_memoryless, run_neuron
 from models.stack import build_block
 from pipeline.tracing import LiveBytes
 from tests.bench.tables import cpu_seconds, format_table, machine, median_and_spread
 
-ORDINARY_T = "ordinary, T times the batch"
+ORDINARY_T, ORDINARY = "ordinary, T times the batch", "ordinary, same batch"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,22 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     variants = build_variants(config, options.rows, options.tokens)
     kept = {name: bytes_kept(forward) for name, forward in variants.items()}
     seconds = cpu_seconds({name: _training_pass(forward) for name, forward in variants.items()}, options.rounds)
-    base_seconds = statistics.median(seconds[ORDINARY_T])
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
     rows = [
         [
             name,
             median_and_spread(seconds[name]),
-            f"{statistics.median(seconds[name]) / base_seconds:.2f}",
+            f"{medians[name] / medians[ORDINARY_T]:.2f}",
             f"{kept[name] / 1e6:.1f}",
-            f"{kept[name] / kept[ORDINARY_T]:.2f}",
+            f"{kept[name] / kept[ORDINARY]:.2f}",
         ]
         for name in variants
     ]
     print(
-        f"One layer of {options.preset}: B={options.rows}, L={options.tokens}, T={options.timesteps}, fp32, "
-        f"dropout {options.dropout}; forward and backward, {options.rounds} alternations; {machine()}"
+        f"One layer of {options.preset}: B={options.rows}, L={options.tokens}, T={options.timesteps}, fp32 but where "
+        f"bf16 is said, dropout {options.dropout}; forward and backward, {options.rounds} alternations; {machine()}"
     )
-    print(format_table(["layer", "CPU-s, median (range)", "ratio", "kept for backward, MB", "ratio"], rows))
+    columns = ["layer", "CPU-s, median (range)", "by T x ordinary", "kept for backward, MB", "by ordinary"]
+    print(format_table(columns, rows))
 
 
 def build_variants(config: SpikeLMConfig, rows: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
@@ -58,17 +62,33 @@ def build_variants(config: SpikeLMConfig, rows: int, tokens: int) -> dict[str, C
     many, few = (x.detach().clone().requires_grad_() for x in (x_TBLD.flatten(0, 1), x_TBLD[0]))
     ordinary = _ordinary_layer(config)
     spiking, alphas = _spiking_layer(config, x_TBLD)
+    narrow, x_narrow = _spiking_layer(config, x_TBLD)[0].bfloat16(), x_TBLD.detach().bfloat16().requires_grad_()
+
+    # Inputs are copied, so that they count where they are kept, and nowhere else.
+    def spike(layer: SpikeBlock, x: Tensor, recompute: bool = False, backend: str = "auto") -> Tensor:
+        layer.mlp.up.recompute, layer.spike_backend = recompute, backend
+        return layer(x.clone(), alphas)[0]
+
+    def plainly() -> Tensor:
+        with mock.patch.multiple(BlockNeurons, fire=_fire_plainly, project=_project_plainly):
+            return spiking(x_TBLD.clone(), alphas)[0]
+
+    nothing = torch.zeros(config.num_timesteps, len(STATISTICS), dtype=torch.float64)
 
     def without_statistics() -> Tensor:
-        nothing = torch.zeros(len(amplitudes.STATISTICS), dtype=torch.float64)
-        with mock.patch.object(amplitudes, "_measure", lambda *_: nothing):
-            return spiking(x_TBLD, alphas)[0]
+        with mock.patch.object(BlockNeurons, "_count", lambda neurons, *_: neurons._sums.append(nothing)):
+            return spike(spiking, x_TBLD)
 
     return {
-        "spiking": lambda: spiking(x_TBLD, alphas)[0],
-        "spiking, nothing measured": without_statistics,
-        ORDINARY_T: lambda: ordinary(many),
-        "ordinary, same batch": lambda: ordinary(few),
+        "spiking": partial(spike, spiking, x_TBLD),
+        "spiking, hidden recomputed": partial(spike, spiking, x_TBLD, recompute=True),
+        "spiking, bf16": partial(spike, narrow, x_narrow),
+        "spiking, bf16, hidden recomputed": partial(spike, narrow, x_narrow, recompute=True),
+        "spiking, plain torch": partial(spike, spiking, x_TBLD, backend="torch"),
+        "spiking, plain autograd": plainly,
+        "spiking, nothing counted": without_statistics,
+        ORDINARY_T: lambda: ordinary(many.clone()),
+        ORDINARY: lambda: ordinary(few.clone()),
     }
 
 
@@ -79,6 +99,27 @@ def bytes_kept(forward: Callable[[], Tensor]) -> int:
         graph = forward().grad_fn
     assert graph is not None
     return live.live
+
+
+def _fire_plainly(neurons: BlockNeurons, site: int, x_TBLD: Tensor, *, memoryless: bool = False) -> Tensor:
+    """BlockNeurons.fire by the pure neurons and plain autograd."""
+    alpha_T, config = neurons.amplitudes[site], neurons.config
+    if memoryless:
+        return run_memoryless(x_TBLD, alpha_T)
+    return run_neuron(x_TBLD, alpha_T, leak=config.leak, reset=config.reset)[0]
+
+
+def _project_plainly(
+    neurons: BlockNeurons,
+    site: int,
+    x_TBLD: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Callable[[Tensor], Tensor] | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    product = F.linear(neurons.fire(site, x_TBLD), weight, bias)
+    return product if activation is None else activation(product)
 
 
 def _spiking_layer(config: SpikeLMConfig, x_TBLD: Tensor) -> tuple[SpikeBlock, Tensor]:

@@ -30,7 +30,7 @@ from pipeline.loader import Batch
 from pipeline.model import draw_weights
 from pipeline.tracing import LiveBytes
 from pipeline.trainer import Trainer
-from pipeline.world import World
+from pipeline.world import World, leave_world
 from tests.bench.bench_checkpointing import RETURN_AT_ONCE, memory
 from tests.bench.tables import format_table, machine
 from tests.launcher import free_port
@@ -147,7 +147,9 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
             live.restart_peak()
             libraries = memory("VmRSS") - live.live
             trainer.train_step(Batch(tensors, samples, samples))
-    return {"counted": live.peak, "resident": memory("VmHWM") - libraries}
+    resident = memory("VmHWM") - libraries
+    leave_world()
+    return {"counted": live.peak, "resident": resident}
 
 
 def build(config: RunConfig, world: World) -> nn.Module:

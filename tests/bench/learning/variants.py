@@ -39,8 +39,14 @@ VARIANTS = {
     "tracked T=1": _elastic(2, "tracked", "released", 1),
     "tracked T=4": _elastic(2, "tracked", "released", 4),
     "k=1.2 T=1": _elastic(1.2, "tracked", "normalized", 1),
+    "k=1.2 T=4": _elastic(1.2, "tracked", "normalized", 4),
     "k=1.4 T=1": _elastic(1.4, "tracked", "normalized", 1),
+    "k=1.4 T=2": _elastic(1.4, "tracked", "normalized", 2),
     "k=1.4 T=4": _elastic(1.4, "tracked", "normalized", 4),
+    "k=1.4 T=4, released reset": _elastic(1.4, "tracked", "released", 4),
+    "k=1.4 T=8": _elastic(1.4, "tracked", "normalized", 8),
+    "k=1.5 T=1": _elastic(1.5, "tracked", "normalized", 1),
+    "k=1.5 T=4": _elastic(1.5, "tracked", "normalized", 4),
     "k=1.4 T=1, 4 x tokens": _elastic(1.4, "tracked", "normalized", 1, length=4),
 }
 

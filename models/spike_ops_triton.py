@@ -1,0 +1,240 @@
+"""The primitives of spike_ops for GPUs: one launch each for all timesteps, membranes in registers.
+
+A program has BLOCK_N rows and BLOCK_H of their bytes, with three elements each. Without a GPU they run in Triton's
+interpreter (TRITON_INTERPRET=1), which is how they are tested.
+
+Legend: T spike timesteps, N rows (of all batches and tokens), D width, H bytes of a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .neuron import AMPLITUDE_FLOOR
+
+MEMORYLESS, RELEASED, NORMALIZED = (tl.constexpr(index) for index in range(3))
+NOT_FINITE, FIRST_SATURATED = tl.constexpr(5), tl.constexpr(3)
+
+BLOCK_H = 128
+ELEMENTS = 1024
+"""Bytes of a program, so that the membranes of their elements fit into its registers."""
+
+
+def check(device_type: str) -> None:
+    """Raise RuntimeError where kernels cannot run on such a device."""
+    if device_type != "cuda" and not triton.knobs.runtime.interpret:
+        raise RuntimeError(f"it runs on GPUs, and the tensors are on {device_type}")
+
+
+def encode(
+    x_TBLD: Tensor,
+    alpha_T: Tensor,
+    carry_BLD: Tensor | None,
+    reset: int,
+    leak: float,
+    code_TBLN: Tensor,
+    measured: Tensor,
+    left_BLD: Tensor,
+) -> None:
+    """As spike_ops.encode, into the last three; amplitudes and carry are in the arithmetic's dtype."""
+    x_TBLD = _rows_apart(x_TBLD)
+    T, N, D, H = _sizes(x_TBLD, code_TBLN)
+    grid, blocks = _grid(N, H)
+    partial = alpha_T.new_empty(*measured.shape[:2], N, grid[1])
+    _encode[grid](
+        x_TBLD,
+        *_amplitudes(alpha_T),
+        x_TBLD if carry_BLD is None else carry_BLD.contiguous(),
+        *(left_BLD, code_TBLN, partial, x_TBLD.stride(0), x_TBLD.stride(-2), N, D, H),
+        *(T, reset, leak, carry_BLD is not None, *blocks),
+        enable_fp_fusion=False,  # the order of roundings is the reference's
+    )
+    measured.copy_(partial.sum(-1, dtype=torch.float64).view_as(measured))
+
+
+def decode(code_TBLN: Tensor, worth_T: Tensor, decoded_TBLD: Tensor) -> None:
+    """As spike_ops.decode, into the last."""
+    T, N, D, H = _sizes(decoded_TBLD, code_TBLN)
+    grid, blocks = _grid(T * N, H)
+    _decode[grid](code_TBLN.contiguous(), worth_T.contiguous(), decoded_TBLD, T * N, N, D, H, *blocks)
+
+
+def membrane_backward(
+    grad_TBLD: Tensor,
+    code_TBLN: Tensor,
+    alpha_T: Tensor,
+    grad_carry_BLD: Tensor | None,
+    reset: int,
+    leak: float,
+    grad_x_TBLD: Tensor,
+    grad_left_BLD: Tensor,
+) -> None:
+    """As spike_ops.membrane_backward, into the last two; amplitudes and carries are in the arithmetic's dtype."""
+    T, N, D, H = _sizes(grad_TBLD, code_TBLN)
+    grid, blocks = _grid(N, H)
+    grad_TBLD = grad_TBLD.contiguous()
+    _membrane_backward[grid](
+        *(grad_TBLD, code_TBLN.contiguous(), *_amplitudes(alpha_T)),
+        grad_TBLD if grad_carry_BLD is None else grad_carry_BLD.contiguous(),
+        *(grad_x_TBLD, grad_left_BLD, N, D, H),
+        *(T, reset, leak, grad_carry_BLD is not None, *blocks),
+        enable_fp_fusion=False,
+    )
+
+
+def _sizes(x_TBLD: Tensor, code_TBLN: Tensor) -> tuple[int, int, int, int]:
+    T, B, L, D = x_TBLD.shape
+    return T, B * L, D, code_TBLN.shape[-1]
+
+
+def _grid(rows: int, bytes_: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    block_h = min(BLOCK_H, triton.next_power_of_2(bytes_))
+    block_n = ELEMENTS // BLOCK_H
+    # A grid without programs is refused; one without rows has nothing to write.
+    return (max(1, triton.cdiv(rows, block_n)), triton.cdiv(bytes_, block_h)), (block_n, block_h)
+
+
+def _amplitudes(alpha_T: Tensor) -> tuple[Tensor, Tensor]:
+    return alpha_T.contiguous(), alpha_T.clamp(min=AMPLITUDE_FLOOR)
+
+
+def _rows_apart(x_TBLD: Tensor) -> Tensor:
+    """x itself where its rows are whole and equally far apart within a timestep, as in expanded tensors and slices."""
+    L = x_TBLD.shape[2]
+    regular = x_TBLD.stride(-1) == 1 and x_TBLD.stride(1) == L * x_TBLD.stride(2)
+    return x_TBLD if regular else x_TBLD.contiguous()
+
+
+@triton.jit
+def _fire(m, alpha, a, RESET: tl.constexpr, LEAK: tl.constexpr):
+    """States of membranes, and what they leave to the next timestep."""
+    size = tl.abs(m)
+    up, down, beyond = (m > 0.5 * a).to(tl.int32), (m < -0.5 * a).to(tl.int32), (size > a).to(tl.int32)
+    finite = size < float("inf")
+    state = tl.where(finite, up + 2 * down + 2 * beyond, NOT_FINITE)
+    if RESET == RELEASED:
+        o = tl.where(finite, (up - down).to(m.dtype) * a, float("nan"))
+        carry = (m * LEAK) * (alpha - o)
+    else:
+        carry = (m * LEAK) * (state == 0).to(m.dtype)
+    return state, carry, up, down, beyond
+
+
+@triton.jit
+def _encode(
+    x_ptr, alpha_ptr, floored_ptr, carry_ptr, left_ptr, code_ptr, partial_ptr, stride_t, stride_n, N, D, H,
+    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    inside = (n < N) & (h < H)
+    compute = alpha_ptr.dtype.element_ty
+    zero = tl.zeros((BLOCK_N, BLOCK_H), compute)
+    in_0, in_1, in_2 = inside & (h < D), inside & (H + h < D), inside & (2 * H + h < D)
+    carry_0, carry_1, carry_2 = zero, zero, zero
+    if HAS_CARRY:
+        carry_0 = tl.load(carry_ptr + n * D + h, in_0, 0.0).to(compute)
+        carry_1 = tl.load(carry_ptr + n * D + H + h, in_1, 0.0).to(compute)
+        carry_2 = tl.load(carry_ptr + n * D + 2 * H + h, in_2, 0.0).to(compute)
+    for t in tl.static_range(T):
+        alpha, a = tl.load(alpha_ptr + t), tl.load(floored_ptr + t)
+        row = x_ptr + tl.full((1, 1), t, tl.int64) * stride_t + n * stride_n + h
+        m_0 = carry_0 + tl.load(row, in_0, 0.0).to(compute)
+        m_1 = carry_1 + tl.load(row + H, in_1, 0.0).to(compute)
+        m_2 = carry_2 + tl.load(row + 2 * H, in_2, 0.0).to(compute)
+        state_0, carry_0, up_0, down_0, beyond_0 = _fire(m_0, alpha, a, RESET, LEAK)
+        state_1, carry_1, up_1, down_1, beyond_1 = _fire(m_1, alpha, a, RESET, LEAK)
+        state_2, carry_2, up_2, down_2, beyond_2 = _fire(m_2, alpha, a, RESET, LEAK)
+        if RESET == MEMORYLESS:
+            carry_0, carry_1, carry_2 = zero, zero, zero
+        code = (state_0 + 6 * state_1 + 36 * state_2).to(tl.uint8)
+        tl.store(code_ptr + (t * N + n) * H + h, code, inside)
+        membrane = tl.sum(tl.abs(m_0) + tl.abs(m_1) + tl.abs(m_2), 1)
+        up, down = tl.sum(up_0 + up_1 + up_2, 1), tl.sum(down_0 + down_1 + down_2, 1)
+        beyond = tl.sum(beyond_0 + beyond_1 + beyond_2, 1)
+        rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        blocks = tl.num_programs(1)
+        into, apart = partial_ptr + (t * N + rows) * blocks + tl.program_id(1), T * N * blocks
+        tl.store(into, membrane, rows < N)
+        tl.store(into + apart, up.to(compute), rows < N)
+        tl.store(into + 2 * apart, down.to(compute), rows < N)
+        tl.store(into + 3 * apart, beyond.to(compute), rows < N)
+    if RESET != MEMORYLESS:
+        tl.store(left_ptr + n * D + h, carry_0, in_0)
+        tl.store(left_ptr + n * D + H + h, carry_1, in_1)
+        tl.store(left_ptr + n * D + 2 * H + h, carry_2, in_2)
+
+
+@triton.jit
+def _worth(state, a):
+    spike = tl.where(state % 2 == 1, a, -a)
+    return tl.where(state == 0, 0.0, tl.where(state == NOT_FINITE, float("nan"), spike))
+
+
+@triton.jit
+def _decode(code_ptr, worth_ptr, out_ptr, rows, N, D, H, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    inside = (n < rows) & (h < H)
+    # Widened: constants would otherwise make half-precision numbers of doubtful type.
+    a = tl.load(worth_ptr + n // N, n < rows, 0.0)
+    a = a.to(tl.float64) if worth_ptr.dtype.element_ty == tl.float64 else a.to(tl.float32)
+    code = tl.load(code_ptr + n * H + h, inside, 0).to(tl.int32)
+    out = out_ptr + n * D + h
+    tl.store(out, _worth(code % 6, a).to(out_ptr.dtype.element_ty), inside & (h < D))
+    tl.store(out + H, _worth(code // 6 % 6, a).to(out_ptr.dtype.element_ty), inside & (H + h < D))
+    tl.store(out + 2 * H, _worth(code // 36, a).to(out_ptr.dtype.element_ty), inside & (2 * H + h < D))
+
+
+@triton.jit
+def _back(grad, d, state, alpha, a, RESET: tl.constexpr, LEAK: tl.constexpr, CHAINED: tl.constexpr):
+    """One timestep back: the gradient of the membrane."""
+    grad = grad * (state < FIRST_SATURATED).to(grad.dtype)
+    if CHAINED and RESET == RELEASED:
+        grad = grad + (d * (alpha - _worth(state, a))) * LEAK
+    if CHAINED and RESET == NORMALIZED:
+        grad = grad + (d * (state == 0).to(grad.dtype)) * LEAK
+    return grad
+
+
+@triton.jit
+def _membrane_backward(
+    grad_ptr, code_ptr, alpha_ptr, floored_ptr, carry_ptr, grad_x_ptr, left_ptr, N, D, H,
+    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    inside = (n < N) & (h < H)
+    compute = alpha_ptr.dtype.element_ty
+    out = grad_x_ptr.dtype.element_ty
+    in_0, in_1, in_2 = inside & (h < D), inside & (H + h < D), inside & (2 * H + h < D)
+    d_0 = tl.zeros((BLOCK_N, BLOCK_H), compute)
+    d_1, d_2 = d_0, d_0
+    if HAS_CARRY:
+        d_0 = tl.load(carry_ptr + n * D + h, in_0, 0.0).to(compute)
+        d_1 = tl.load(carry_ptr + n * D + H + h, in_1, 0.0).to(compute)
+        d_2 = tl.load(carry_ptr + n * D + 2 * H + h, in_2, 0.0).to(compute)
+    for back in tl.static_range(T):
+        t = T - 1 - back
+        # Without a gradient of the carry nothing comes from behind the last timestep, not even 0 * NaN.
+        chained = tl.constexpr(HAS_CARRY or back > 0)
+        alpha, a = tl.load(alpha_ptr + t), tl.load(floored_ptr + t)
+        code = tl.load(code_ptr + (t * N + n) * H + h, inside, 0).to(tl.int32)
+        row = (t * N + n) * D + h
+        d_0 = _back(tl.load(grad_ptr + row, in_0, 0.0).to(compute), d_0, code % 6, alpha, a, RESET, LEAK, chained)
+        d_1 = _back(
+            tl.load(grad_ptr + row + H, in_1, 0.0).to(compute), d_1, code // 6 % 6, alpha, a, RESET, LEAK, chained
+        )
+        d_2 = _back(
+            tl.load(grad_ptr + row + 2 * H, in_2, 0.0).to(compute), d_2, code // 36, alpha, a, RESET, LEAK, chained
+        )
+        tl.store(grad_x_ptr + row, d_0.to(out), in_0)
+        tl.store(grad_x_ptr + row + H, d_1.to(out), in_1)
+        tl.store(grad_x_ptr + row + 2 * H, d_2.to(out), in_2)
+    if RESET != MEMORYLESS:
+        tl.store(left_ptr + n * D + h, d_0, in_0)
+        tl.store(left_ptr + n * D + H + h, d_1, in_1)
+        tl.store(left_ptr + n * D + 2 * H + h, d_2, in_2)
