@@ -43,10 +43,12 @@ chaos: $(INSTALLED)  ## kill a run's processes fifty times, then compare its end
 	@. launch/env.sh
 	python -m tests.chaos.chaos
 
-bench: $(INSTALLED)  ## print times and memory of layer, checkpointing, plans and loader on this machine
+bench: $(INSTALLED)  ## print times and memory of primitives, layer, step, plans and loader on this machine
 	@. launch/env.sh
+	python -m tests.bench.bench_ops
 	python -m tests.bench.bench_layer
-	python -m tests.bench.bench_checkpointing
+	python -m tests.bench.bench_step --layers 2
+	python -m tests.bench.bench_memory
 	python -m tests.bench.bench_plan
 	python -m tests.bench.bench_loader
 

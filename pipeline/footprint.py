@@ -300,7 +300,7 @@ class _Partitioned:
         """Weights that are whole on the device in a pass. A process of its own uses what it has there as it is.
 
         DeepSpeed lets go of a layer's weights behind its forward, but torch's products keep views of them for the
-        backward: all of them, unless layers run again. Behind elastic neurons only the parameter is kept, not its weights.
+        backward: all of them, unless layers run again. Behind elastic neurons they keep the parameter, not its weights.
         """
         if self.cluster.size == 1 and (self.cluster.kind == "cpu" or not weights_offloaded):
             return 0

@@ -30,15 +30,16 @@ from models.spike_ops import (
 from tests.launcher import ROOT
 
 CPU = torch.device("cpu")
-BACKENDS = ("torch", "cpp", "triton")
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+BACKENDS = ("torch", "triton") if HAS_GPU else ("torch", "cpp", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTERPRETED = not torch.cuda.is_available()
 LEAK = 0.3  # no power of two, so that rounding shows the order of the products
 
 
 def random(*shape, seed, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def reference(x, alpha, reset, carry, grad, grad_carry):
@@ -72,7 +73,7 @@ def check(x, alpha, reset, backend, carry=None, grad_carry=None):
     assert code.shape == (*x.shape[:-1], code_width(x.shape[-1])) and code.dtype == torch.uint8
     assert same(decode(code, worth(alpha, x.dtype), x.shape[-1], backend), o)
     ours, ours_in = membrane_backward(grad, code, alpha, grad_carry, reset, LEAK, backend)
-    if INTERPRETED and backend == "triton" and x.dtype == torch.bfloat16:
+    if not HAS_GPU and backend == "triton" and x.dtype == torch.bfloat16:
         _, _, exact, _ = reference(x.float(), alpha, reset, carry, grad.float(), grad_carry)
         grad_x = truncated(exact)
     assert same(ours, grad_x) and ours.dtype == x.dtype
@@ -86,7 +87,7 @@ def check(x, alpha, reset, backend, carry=None, grad_carry=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 5, 64, 100, 768])
+@pytest.mark.parametrize("width", [1, 5, 100, 768])
 def test_primitives_equal_plain_autograd_to_the_bit(backend, reset, dtype, width):
     for T in (1, 2, 4, 8):
         x = random(T, 2, 3, width, seed=T, dtype=dtype)
@@ -109,9 +110,9 @@ def test_what_is_not_finite_stays_visible(backend, reset):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("a", [1.0, 0.7316, 3.3, 1e-5, 1e-6])
 def test_ties_and_their_neighbours(backend, a):
-    alpha = torch.tensor([a])
-    points = alpha.clamp(min=1e-5) * torch.tensor([0.5, 1.0, 1.5, 2.0])
-    below, above = (torch.nextafter(points, torch.full((4,), end)) for end in (0.0, torch.inf))
+    alpha = torch.tensor([a], device=DEVICE)
+    points = alpha.clamp(min=1e-5) * torch.tensor([0.5, 1.0, 1.5, 2.0], device=DEVICE)
+    below, above = (torch.nextafter(points, torch.full_like(points, end)) for end in (0.0, torch.inf))
     x = torch.stack([below, points, above])
     for reset in RESETS:
         check(torch.cat([x, -x]).view(1, 1, 6, 4), alpha, reset, backend)
@@ -119,7 +120,7 @@ def test_ties_and_their_neighbours(backend, a):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_measured_of_each_token(backend):
-    x, alpha = random(3, 2, 5, 100, seed=0), torch.tensor([0.5, 1.0, 1.5])
+    x, alpha = random(3, 2, 5, 100, seed=0), torch.tensor([0.5, 1.0, 1.5], device=DEVICE)
     _, measured, _ = encode(x, alpha, None, "memoryless", LEAK, backend)
     a = alpha.view(3, 1, 1, 1)
     expected = {"membrane": x.abs(), "positive": x > a / 2, "negative": x < -a / 2, "saturated": x.abs() > a}
@@ -132,7 +133,7 @@ def test_what_is_measured_of_each_token(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_are_read_where_they_lie(backend):
     """Slices of a product, timesteps that share their memory, and what is neither."""
-    alpha, wide = torch.tensor([0.5, 1.0, 1.5]), random(3, 2, 5, 300, seed=0)
+    alpha, wide = torch.tensor([0.5, 1.0, 1.5], device=DEVICE), random(3, 2, 5, 300, seed=0)
     for x in (wide[..., 100:200], wide[:1].expand(3, -1, -1, -1), wide.transpose(1, 2), wide[:, :, ::2]):
         for reset in RESETS:
             ours, expected = (encode(each, alpha, None, reset, LEAK, backend) for each in (x, x.contiguous()))
@@ -142,7 +143,7 @@ def test_views_are_read_where_they_lie(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_at_all(backend):
-    x, alpha = torch.zeros(2, 0, 3, 8), torch.ones(2)
+    x, alpha = torch.zeros(2, 0, 3, 8, device=DEVICE), torch.ones(2, device=DEVICE)
     code, measured, carry = encode(x, alpha, None, "normalized", LEAK, backend)
     assert decode(code, alpha, 8, backend).shape == x.shape and carry.shape == x.shape[1:]
     assert membrane_backward(x, code, alpha, None, "normalized", LEAK, backend)[0].shape == x.shape
@@ -166,7 +167,7 @@ def test_wide_rows_take_eight_thirds_of_a_bit():
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_operators_keep_what_they_promise_to_torch(reset, dtype):
     """Schemas, fake kernels and devices, by torch's own checks."""
-    x, alpha = random(2, 1, 3, 70, seed=0, dtype=dtype), torch.tensor([0.5, 1.0])
+    x, alpha = random(2, 1, 3, 70, seed=0, dtype=dtype), torch.tensor([0.5, 1.0], device=DEVICE)
     carry = None if reset == "memoryless" else random(1, 3, 70, seed=1, dtype=compute_dtype(dtype))
     code, *_ = encode(x, alpha, carry, reset, LEAK, "torch")
     checks = ("test_schema", "test_faketensor")

@@ -34,7 +34,7 @@ from pipeline.config import (
 from pipeline.engine import build_engine, partition_weights, seed_weights, start_world
 from pipeline.model import draw_weights
 from pipeline.world import World, leave_world
-from tests.bench.bench_checkpointing import RETURN_AT_ONCE, memory
+from tests.bench.bench_memory import RETURN_AT_ONCE, memory
 from tests.bench.tables import format_table, machine
 from tests.launcher import launch
 

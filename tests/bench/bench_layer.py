@@ -6,8 +6,8 @@ T timesteps pass through every weight of a spiking layer, so its measure is the 
 """
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from unittest import mock
 
@@ -23,45 +23,53 @@ from models.layers import SITES, SpikeBlock
 from models.neuron import run_memoryless, run_neuron
 from models.stack import build_block
 from pipeline.tracing import LiveBytes
-from tests.bench.tables import cpu_seconds, format_table, machine, median_and_spread
+from tests.bench.tables import format_table, machine, median_and_spread, ratio_and_spread, record, seconds
 
 ORDINARY_T, ORDINARY = "ordinary, T times the batch", "ordinary, same batch"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all variants and print one table."""
+    """Measure all variants, print one table, and with --record keep the raw figures."""
     options = _parse(arguments)
     torch.manual_seed(0)
+    device = torch.device(options.device)
     dropout = {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     config = preset(options.preset, neuron={"num_timesteps": options.timesteps}, **dropout)
-    variants = build_variants(config, options.rows, options.tokens)
+    variants = build_variants(config, options.rows, options.tokens, device)
     kept = {name: bytes_kept(forward) for name, forward in variants.items()}
-    seconds = cpu_seconds({name: _training_pass(forward) for name, forward in variants.items()}, options.rounds)
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    taken = seconds({name: _training_pass(forward) for name, forward in variants.items()}, options.rounds, device)
     rows = [
         [
             name,
-            median_and_spread(seconds[name]),
-            f"{medians[name] / medians[ORDINARY_T]:.2f}",
+            median_and_spread(taken[name]),
+            ratio_and_spread(taken[name], taken[ORDINARY_T]),
             f"{kept[name] / 1e6:.1f}",
             f"{kept[name] / kept[ORDINARY]:.2f}",
         ]
         for name in variants
     ]
+    setting = f"{options.preset} B={options.rows} L={options.tokens} T={options.timesteps} dropout={options.dropout}"
     print(
-        f"One layer of {options.preset}: B={options.rows}, L={options.tokens}, T={options.timesteps}, fp32 but where "
-        f"bf16 is said, dropout {options.dropout}; forward and backward, {options.rounds} alternations; {machine()}"
+        f"One layer, {setting}, fp32 but where bf16 is said; forward and backward, {options.rounds} alternations; "
+        f"{machine(device)}"
     )
-    columns = ["layer", "CPU-s, median (range)", "by T x ordinary", "kept for backward, MB", "by ordinary"]
-    print(format_table(columns, rows))
+    unit = "CPU-s" if device.type == "cpu" else "s"
+    columns = [f"{unit}, median (range)", "by T x ordinary", "kept for backward, MB", "by ordinary"]
+    print(format_table(["layer", *columns], rows))
+    if options.record:
+        record("layer", setting, unit, taken, device)
+        record("layer", setting, "bytes kept", {name: [size] for name, size in kept.items()}, device)
 
 
-def build_variants(config: SpikeLMConfig, rows: int, tokens: int) -> dict[str, Callable[[], Tensor]]:
+def build_variants(
+    config: SpikeLMConfig, rows: int, tokens: int, device: torch.device
+) -> dict[str, Callable[[], Tensor]]:
     """The forward pass of each kind of layer, in training mode, by name."""
-    x_TBLD = torch.randn(config.num_timesteps, rows, tokens, config.hidden_size, requires_grad=True)
+    x_TBLD = torch.randn(config.num_timesteps, rows, tokens, config.hidden_size, device=device, requires_grad=True)
     many, few = (x.detach().clone().requires_grad_() for x in (x_TBLD.flatten(0, 1), x_TBLD[0]))
-    ordinary = _ordinary_layer(config)
+    ordinary = _ordinary_layer(config).to(device)
     spiking, alphas = _spiking_layer(config, x_TBLD)
+    narrow_ordinary, many_narrow = deepcopy(ordinary).bfloat16(), many.detach().bfloat16().requires_grad_()
     narrow, x_narrow = _spiking_layer(config, x_TBLD)[0].bfloat16(), x_TBLD.detach().bfloat16().requires_grad_()
 
     # Inputs are copied, so that they count where they are kept, and nowhere else.
@@ -73,7 +81,7 @@ def build_variants(config: SpikeLMConfig, rows: int, tokens: int) -> dict[str, C
         with mock.patch.multiple(BlockNeurons, fire=_fire_plainly, project=_project_plainly):
             return spiking(x_TBLD.clone(), alphas)[0]
 
-    nothing = torch.zeros(config.num_timesteps, len(STATISTICS), dtype=torch.float64)
+    nothing = torch.zeros(config.num_timesteps, len(STATISTICS), dtype=torch.float64, device=device)
 
     def without_statistics() -> Tensor:
         with mock.patch.object(BlockNeurons, "_count", lambda neurons, *_: neurons._sums.append(nothing)):
@@ -88,17 +96,18 @@ def build_variants(config: SpikeLMConfig, rows: int, tokens: int) -> dict[str, C
         "spiking, plain autograd": plainly,
         "spiking, nothing counted": without_statistics,
         ORDINARY_T: lambda: ordinary(many.clone()),
+        "ordinary, T times the batch, bf16": lambda: narrow_ordinary(many_narrow.clone()),
         ORDINARY: lambda: ordinary(few.clone()),
     }
 
 
 def bytes_kept(forward: Callable[[], Tensor]) -> int:
     """Bytes of the storages made by the forward that live on when only its graph is left, for the backward."""
-    live = LiveBytes("cpu")
-    with live:
+    counters = [LiveBytes("cpu"), LiveBytes("cuda")]
+    with counters[0], counters[1]:
         graph = forward().grad_fn
     assert graph is not None
-    return live.live
+    return sum(counter.live for counter in counters)
 
 
 def _fire_plainly(neurons: BlockNeurons, site: int, x_TBLD: Tensor, *, memoryless: bool = False) -> Tensor:
@@ -124,8 +133,8 @@ def _project_plainly(
 
 def _spiking_layer(config: SpikeLMConfig, x_TBLD: Tensor) -> tuple[SpikeBlock, Tensor]:
     """A layer, and its amplitudes calibrated on x."""
-    layer = build_block(config)
-    alphas = torch.full((len(SITES), config.num_timesteps), float("nan"))
+    layer = build_block(config).to(x_TBLD.device)
+    alphas = torch.full((len(SITES), config.num_timesteps), float("nan"), device=x_TBLD.device)
     with torch.no_grad():
         layer.eval()(x_TBLD, alphas, calibrate=True)
     return layer.train(), alphas
@@ -149,6 +158,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=int, default=4, help="spike timesteps, T")
     parser.add_argument("--preset", default="encoder-base", help="whose layer to measure")
     parser.add_argument("--dropout", type=float, default=0.0, help="where it is not 0, CPUs have no fused attention")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--record", action="store_true", help="append the raw figures to results.csv")
     parser.add_argument("--rounds", type=int, default=5, help="alternations of all variants")
     return parser.parse_args(arguments)
 

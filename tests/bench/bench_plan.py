@@ -31,7 +31,7 @@ from pipeline.model import draw_weights
 from pipeline.tracing import LiveBytes
 from pipeline.trainer import Trainer
 from pipeline.world import World, leave_world
-from tests.bench.bench_checkpointing import RETURN_AT_ONCE, memory
+from tests.bench.bench_memory import RETURN_AT_ONCE, memory
 from tests.bench.tables import format_table, machine
 from tests.launcher import free_port
 

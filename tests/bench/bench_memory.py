@@ -1,9 +1,10 @@
-"""What checkpointing saves: peak memory of a training pass and bytes kept for its backward, by mode and timesteps.
+"""What a training pass holds: its peak and what it keeps for the backward, by checkpointing and timesteps.
 
-    python -m tests.bench.bench_checkpointing --tokens 32      (a quick try)
+    python -m tests.bench.bench_memory --tokens 32      (a quick try)
+    python -m tests.bench.bench_memory --layers 12 --width 768 --timesteps 4 --record
 
 Every figure is of a process of its own, since memory that was free once does not count as a peak. Peaks are over what
-the process holds before the pass: model, gradients, libraries.
+the process holds before the pass: model, gradients, libraries. u is 4 T B L D bytes: a layer's input in fp32.
 """
 
 import argparse
@@ -22,9 +23,17 @@ from models.amplitudes import calibrate_amplitudes
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMModel
 from tests.bench.bench_layer import bytes_kept
-from tests.bench.tables import format_table, machine
+from tests.bench.tables import format_table, machine, record
 
-MODES = ("none", "layer", "timestep")
+MODES = {
+    "none": ("none", False),
+    "none, hidden recomputed": ("none", True),
+    "layer": ("layer", False),
+    "layer, hidden recomputed": ("layer", True),
+    "timestep": ("timestep", False),
+}
+"""Checkpointing, and whether what the MLP's activation gets is computed again."""
+
 VOCAB_SIZE = 1000
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """The allocator then gives every tensor's memory back where it is freed, and peaks are the program's own."""
@@ -36,18 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.measure:
         print(json.dumps(measure(options)))
         return
+    setting = f"{options.layers} layers of {options.family} D={options.width} B={options.rows} L={options.tokens} fp32"
     rows = []
     for timesteps in options.timesteps:
+        unit = 4 * timesteps * options.rows * options.tokens * options.width
         for mode in MODES:
             figures = _in_fresh_process(options, mode, timesteps)
             cells = str(options.cell) if mode == "timestep" else "-"
-            megabytes = (f"{figures[name] / 1e6:.1f}" for name in ("peak", "kept"))
-            rows.append([mode, str(timesteps), cells, *megabytes, f"{figures['seconds']:.2f}"])
-    print(
-        f"{options.layers} layers of the {options.family} family, D={options.width}, B={options.rows}, "
-        f"L={options.tokens}, fp32, no dropout; forward and backward in a fresh process; {machine()}"
-    )
-    print(format_table(["checkpointing", "T", "timesteps a cell", "peak, MB", "kept, MB", "CPU-s"], rows))
+            sizes = (figures["peak"] / 1e6, figures["peak"] / unit, figures["kept"] / 1e6, figures["kept"] / unit)
+            rows.append([mode, str(timesteps), cells, *(f"{size:.1f}" for size in sizes), f"{figures['seconds']:.2f}"])
+            if options.record:
+                for name in ("peak", "kept"):
+                    record("memory", f"{setting} T={timesteps}", f"bytes, {name}", {mode: [figures[name]]})
+    print(f"{setting}, no dropout; forward and backward in a fresh process; {machine()}")
+    columns = ["checkpointing", "T", "timesteps a cell", "peak, MB", "peak, u", "kept, MB", "kept, u", "CPU-s"]
+    print(format_table(columns, rows))
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -83,7 +95,8 @@ def build_model(options: argparse.Namespace) -> SpikeLMModel:
     )
     model = SpikeLMModel(config)
     calibrate_amplitudes(model, {"input_ids": torch.arange(5, 5 + min(64, options.tokens)).view(1, -1)})
-    model.stack.set_checkpointing(options.mode, options.cell)
+    mode, recompute_hidden = MODES[options.mode]
+    model.stack.set_checkpointing(mode, options.cell, recompute_hidden)
     return model.train()
 
 
@@ -111,6 +124,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="tokens in a row, L")
     parser.add_argument("--timesteps", type=int, nargs="+", default=[1, 4, 8], help="spike timesteps, T")
     parser.add_argument("--cell", type=int, default=1, help="timesteps of a cell")
+    parser.add_argument("--record", action="store_true", help="append the figures to results.csv")
     parser.add_argument("--measure", action="store_true", help="one case, in this process, as JSON")
     parser.add_argument("--mode", choices=MODES, default="none", help="the case's checkpointing")
     return parser.parse_args(arguments)

@@ -1,0 +1,119 @@
+"""A whole training step against transformers' BERT on T times the batch: time, tokens a second, memory at the peak.
+
+    python -m tests.bench.bench_step --layers 2 --rows 2      (a quick try; on a GPU: --rows 64 --precision bf16)
+
+Forward, backward and AdamW of a masked language model; 15 % of the positions count, all rows are full.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
+
+from models.amplitudes import SpikeStats, calibrate_amplitudes, update_amplitudes
+from models.config import SpikeLMConfig, preset
+from models.modeling import SpikeLMForMaskedLM
+from tests.bench.tables import format_table, machine, median_and_spread, ratio_and_spread, record, seconds
+
+MASKED = 0.15
+BASE = "BERT, T times the batch"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all variants, print one table, and with --record keep the raw figures."""
+    options = _parse(arguments)
+    torch.manual_seed(0)
+    device, dtype = torch.device(options.device), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    config = preset(
+        options.preset,
+        neuron={"num_timesteps": options.timesteps},
+        num_hidden_layers=options.layers,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    steps = build_steps(config, options.rows, options.tokens, device, dtype)
+    taken = seconds(steps, options.rounds, device)
+    tokens = {name: options.rows * options.tokens * (options.timesteps if name == BASE else 1) for name in steps}
+    rows = []
+    for name, values in taken.items():
+        figures = [median_and_spread(values), ratio_and_spread(values, taken[BASE])]
+        figures += [f"{tokens[name] / statistics.median(values):,.0f}", _peak(steps[name], device)]
+        rows.append([name, *figures])
+    setting = f"{options.preset} layers={options.layers} B={options.rows} L={options.tokens} T={options.timesteps}"
+    unit = "CPU-s" if device.type == "cpu" else "s"
+    print(f"A training step, {setting}, {options.precision}; {options.rounds} alternations; {machine(device)}")
+    print(format_table(["model", f"{unit}, median (range)", "by T x BERT", f"tokens/{unit}", "peak, GB"], rows))
+    if options.record:
+        record("step", f"{setting} {options.precision}", unit, taken, device)
+
+
+def build_steps(
+    config: SpikeLMConfig, rows: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[], None]]:
+    """A training step of each model, by name."""
+    batch = _batch(config.vocab_size, rows, tokens, device)
+    many = {name: tensor.repeat(config.num_timesteps, 1) for name, tensor in batch.items()}
+    spiking = SpikeLMForMaskedLM(config).to(device, dtype)
+    calibrate_amplitudes(spiking, batch)
+    lean = SpikeLMForMaskedLM(config).to(device, dtype)
+    calibrate_amplitudes(lean, batch)
+    lean.model.stack.set_checkpointing("none", recompute_hidden=True)
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    same = {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert = BertForMaskedLM(BertConfig(**same, **dropout, attn_implementation="sdpa")).to(device, dtype)
+    return {
+        "spiking": _step(spiking, batch),
+        "spiking, hidden recomputed": _step(lean, batch),
+        BASE: _step(bert, many),
+        "BERT, same batch": _step(bert, batch),
+    }
+
+
+def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5)
+
+    def step() -> None:
+        output = model(**batch)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if isinstance(model, SpikeLMForMaskedLM):
+            update_amplitudes(model, SpikeStats(output.spike_stats))
+
+    return step
+
+
+def _batch(vocab_size: int, rows: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    ids = torch.randint(5, vocab_size, (rows, tokens), device=device)
+    counted = torch.rand(ids.shape, device=device) < MASKED
+    return {"input_ids": ids, "labels": ids.where(counted, -100), "attention_mask": torch.ones_like(ids)}
+
+
+def _peak(step: Callable[[], None], device: torch.device) -> str:
+    if device.type == "cpu":
+        return "-"
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f}"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="encoder-base", help="whose sizes")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=4, help="rows in the batch, B")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens in a row, L")
+    parser.add_argument("--timesteps", type=int, default=4, help="spike timesteps, T")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--rounds", type=int, default=5, help="alternations of all variants")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--record", action="store_true", help="append the raw figures to results.csv")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
