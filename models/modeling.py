@@ -19,6 +19,7 @@ from .auto import register_auto_classes
 from .cache import SpikeCache
 from .config import FAMILIES, SpikeLMConfig
 from .layers import SpikeBlock
+from .loss import TokenHead
 from .outputs import (
     SpikeLMCausalLMOutput,
     SpikeLMModelOutput,
@@ -44,6 +45,9 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["SpikeBlock"]
     _needs_causal: bool | None = None  # None: stands on both kinds of stack
+
+    logits_at_once: int = 0
+    """Positions of which training makes logits at a time, and then gives none out; 0: all, which are given out."""
 
     def __init__(self, config: SpikeLMConfig) -> None:
         if not self.fits(config):
@@ -80,6 +84,19 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, SpikeStack):
             module.reset_amplitudes()
+
+    def _predict_tokens(
+        self, head: nn.Module, hidden_BLD: Tensor, targets_BL: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits of the counted positions [N, V] and their summed loss; of all positions where no targets are given."""
+        if targets_BL is None:
+            return head(hidden_BLD), None
+        counted_BL = targets_BL != IGNORED_LABEL
+        hidden_ND, labels_N = hidden_BLD[counted_BL], targets_BL[counted_BL]
+        if self.logits_at_once and self.training and torch.is_grad_enabled():
+            return None, head(hidden_ND, labels_N, self.logits_at_once)
+        logits_NV = head(hidden_ND)
+        return logits_NV, _loss_sum(logits_NV, labels_N)
 
 
 class SpikeLMModel(SpikeLMPreTrainedModel):
@@ -171,10 +188,11 @@ class MaskedLMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.mlm_head_act]
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = TokenHead(config.hidden_size, config.vocab_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.decoder(self.norm(self.activation(self.dense(hidden))))
+    def forward(self, hidden: Tensor, labels_N: Tensor | None = None, positions_at_once: int = 0) -> Tensor:
+        """As TokenHead."""
+        return self.decoder(self.norm(self.activation(self.dense(hidden))), labels_N, positions_at_once)
 
 
 class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
@@ -217,7 +235,7 @@ class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
         num_items_in_batch: counted tokens of the whole step, to divide the loss by instead of this batch's own.
         """
         output = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits, loss_sum = _predict_tokens(self.mlm_head, output.last_hidden_state, labels)
+        logits, loss_sum = self._predict_tokens(self.mlm_head, output.last_hidden_state, labels)
         return SpikeLMPreTrainingOutput(
             loss=_token_loss(loss_sum, labels, num_items_in_batch),
             logits=logits,
@@ -255,7 +273,7 @@ class SpikeLMForPreTraining(SpikeLMForMaskedLM):
     ) -> SpikeLMPreTrainingOutput:
         """Inputs as in SpikeLMModel; labels [B, L]; next_sentence_label [B]: 0 the second segment follows, 1 random."""
         output = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits, token_loss = _predict_tokens(self.mlm_head, output.last_hidden_state, labels)
+        logits, token_loss = self._predict_tokens(self.mlm_head, output.last_hidden_state, labels)
         sentence_logits = self.next_sentence_head(output.pooler_output)
         sentence_loss = None if next_sentence_label is None else _loss_sum(sentence_logits, next_sentence_label)
         return SpikeLMPreTrainingOutput(
@@ -282,7 +300,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: SpikeLMConfig) -> None:
         super().__init__(config)
         self.model = SpikeLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = TokenHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -328,7 +346,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         )
         targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss_sum = _predict_tokens(self.lm_head, output.last_hidden_state[:, kept], targets)
+        logits, loss_sum = self._predict_tokens(self.lm_head, output.last_hidden_state[:, kept], targets)
         return SpikeLMCausalLMOutput(
             loss=_token_loss(loss_sum, targets, num_items_in_batch),
             logits=logits,
@@ -387,15 +405,6 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
         return SpikeLMSequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, spike_stats=output.spike_stats
         )
-
-
-def _predict_tokens(head: nn.Module, hidden_BLD: Tensor, targets_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Logits of the counted positions [N, V] and their summed loss; of all positions where no targets are given."""
-    if targets_BL is None:
-        return head(hidden_BLD), None
-    counted_BL = targets_BL != IGNORED_LABEL
-    logits_NV = head(hidden_BLD[counted_BL])
-    return logits_NV, _loss_sum(logits_NV, targets_BL[counted_BL])
 
 
 def _token_loss(

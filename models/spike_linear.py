@@ -59,6 +59,13 @@ def spike_linear(
     return _SpikeLinear.apply(x_TBLD, weight_ED, bias_E, alpha_T, carry_BLD, firing, activation, recompute)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of the product of x and weights: autocast's where it is on, else x's."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 class KeptAsCodes(torch.autograd.graph.saved_tensors_hooks):
     """Within it, autograd keeps of certain tensors nothing but how to make them again, so that their storage goes.
 
@@ -118,7 +125,7 @@ class _SpikeLinear(Function):
         recompute: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         code, measured, carry = _encode(ctx, x_TBLD, alpha_T, carry_BLD, firing)
-        ctx.activation, ctx.product_dtype = activation, _product_dtype(x_TBLD)
+        ctx.activation, ctx.product_dtype = activation, product_dtype(x_TBLD)
         ctx.recomputes = activation is not None and recompute
         product = _product(ctx, code, alpha_T, weight_ED, bias_E)
         hidden = None if activation is None or recompute else product
@@ -183,12 +190,6 @@ def _product(ctx: FunctionCtx, code: Tensor, alpha_T: Tensor, weight: Tensor, bi
     dtype = ctx.product_dtype
     spikes = _decode(ctx, code, alpha_T, dtype)
     return F.linear(spikes, weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _through_activation(activation: Activation, hidden: Tensor, grad: Tensor) -> Tensor:

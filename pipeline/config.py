@@ -131,6 +131,10 @@ class EngineSettings:
     recompute_hidden: bool = False
     """Compute what an MLP's activation gets once more in the backward, from packed spikes, instead of keeping it."""
 
+    logits_at_once: NonNegativeInt = 4096
+    """Positions of which training makes logits at a time: all of them would be the most that a large vocabulary needs.
+    0: all at once."""
+
     spike_backend: Backend = "auto"
     """What computes elastic neurons: plain torch; cpp, compiled on CPUs at first use; triton on GPUs; auto: the fastest
     that runs."""
@@ -262,6 +266,7 @@ MAY_CHANGE = (
     "engine.checkpointing",
     "engine.checkpointing_timesteps",
     "engine.recompute_hidden",
+    "engine.logits_at_once",
     "engine.spike_backend",
     "engine.timeout_minutes",
     "training.micro_batch_size",

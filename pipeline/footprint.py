@@ -341,6 +341,7 @@ def _traced(config: RunConfig, data: Data, device: DeviceKind) -> PassBytes:
         model = model.to(torch.bfloat16)
     engine, stack = config.engine, spiking_stack(model)
     stack.set_checkpointing(engine.checkpointing, engine.checkpointing_timesteps, engine.recompute_hidden)
+    model.logits_at_once = engine.logits_at_once
     batch, losses = _batch(config, data.sample_length)
     return trace_pass(model, batch, losses, counted_positions(config, data.sample_length), device)
 

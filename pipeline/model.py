@@ -47,6 +47,7 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     engine, stack = config.engine, spiking_stack(model)
     stack.set_checkpointing(engine.checkpointing, engine.checkpointing_timesteps, engine.recompute_hidden)
     stack.set_spike_backend(engine.spike_backend, world.device)
+    model.logits_at_once = engine.logits_at_once
     if not config.model.warm_start:
         return model, []
     load = load_llama if model.config.traits.causal else load_bert

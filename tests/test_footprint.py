@@ -95,6 +95,7 @@ def test_a_traced_pass_takes_what_a_real_one_takes(small, preset, mode, precisio
     draw_weights(model)
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     model.model.stack.set_checkpointing(mode)
+    model.logits_at_once = config.engine.logits_at_once
     batch = batch_of(config, DATA.sample_length, 1)
     calibrate_amplitudes(model, batch)
     for parameter in model.parameters():

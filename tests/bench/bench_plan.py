@@ -157,6 +157,7 @@ def build(config: RunConfig, world: World) -> nn.Module:
     model = empty_model(config, VOCAB_SIZE)
     draw_weights(model, partial(partition_weights, config=config, world=world) if zero_stage(config) == 3 else None)
     model.model.stack.set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
+    model.logits_at_once = config.engine.logits_at_once
     return model
 
 
