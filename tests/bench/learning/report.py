@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.lines
 
 from tests.bench.learning.results import ROOT, Result
 from tests.bench.learning.timing import read_times
@@ -96,7 +97,7 @@ def draw(runs: Runs, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (spikes, work, rates) = pyplot.subplots(1, 3, figsize=(18, 5.5), constrained_layout=True)
+    figure, (spikes, work, rates) = pyplot.subplots(1, 3, figsize=(20, 5.5), constrained_layout=True)
     _draw_shares(spikes, runs, lambda result: result.spikes_per_token)
     _draw_shares(work, runs, lambda result: result.operations / 1e12)
     spikes.set(xlabel="spikes per token", ylabel="recovered share R, %", title="what a spike buys")
@@ -104,12 +105,17 @@ def draw(runs: Runs, path: Path) -> None:
     for name, seeds in runs.items():
         curve = next(iter(seeds.values())).rates
         if curve:
-            rates.plot(*zip(*curve, strict=True), label=name)
+            rates.plot(*zip(*curve, strict=True), color=color_of(name))
     rates.set(xlabel="step", ylabel="firing rate, mean over sites", title="firing while training")
-    if rates.lines:
-        rates.legend(fontsize=8)
+    handles = [matplotlib.lines.Line2D([], [], marker="o", linestyle="", color=color_of(name)) for name in runs]
+    figure.legend(handles, list(runs), loc="outside right center")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def color_of(variant: str) -> tuple[float, ...]:
+    """The same in all panels and plots."""
+    return matplotlib.colormaps["tab20"](list(VARIANTS).index(variant) % 20)
 
 
 def _draw_shares(axes: Any, runs: Runs, across: Callable[[Result], float | None]) -> None:
@@ -119,6 +125,5 @@ def _draw_shares(axes: Any, runs: Runs, across: Callable[[Result], float | None]
             continue
         place = statistics.mean(places)
         spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
-        axes.errorbar(place, statistics.mean(shares), yerr=spread, fmt="o", capsize=3)
-        axes.annotate(name, (place, statistics.mean(shares)), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.errorbar(place, statistics.mean(shares), yerr=spread, fmt="o", capsize=3, color=color_of(name))
     axes.grid(alpha=0.3)

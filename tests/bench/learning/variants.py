@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from pipeline.config import RunConfig, load_run_config
 
-RECIPES = {"causal": "tests/bench/learning/causal.yaml"}
-"""What is learned: every next token, by a decoder."""
+RECIPES = {"causal": "tests/bench/learning/causal.yaml", "masked": "tests/bench/learning/masked.yaml"}
+"""What is learned: every next token, by a decoder; masked tokens, by an encoder."""
 
 NOTHING, EVERYTHING = "no layers", "twin"
 """What the recovered share is measured between: embeddings and head alone, and ordinary layers."""
