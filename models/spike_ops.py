@@ -84,7 +84,11 @@ def _fault(backend: str, device_type: str) -> str | None:
 
 
 def _module(backend: str) -> ModuleType:
-    """The backend's module. Imported when it is needed: one needs a compiler, the other a library."""
+    """The backend's module, imported when it is needed: one needs a compiler, the other a library.
+
+    Its functions write into the outputs that they are given last. Amplitudes come raw and floored and, like carries, in
+    the arithmetic's dtype; all inputs are contiguous, apart from the rows of what is encoded.
+    """
     if backend == "cpp":
         from . import spike_ops_cpp as module
     else:
@@ -110,7 +114,8 @@ def encode(
     if backend == "torch":
         return _encode(x_TBLD, alpha_T, carry_BLD, reset, leak)
     code, measured, carry = _empty_encoded(x_TBLD, reset)
-    _module(backend).encode(x_TBLD, alpha_T, carry_BLD, RESETS.index(reset), leak, code, measured, carry)
+    given = (_rows_apart(x_TBLD), *_raw_and_floored(alpha_T), _contiguous(carry_BLD))
+    _module(backend).encode(*given, RESETS.index(reset), leak, code, measured, carry)
     return code, measured, carry
 
 
@@ -121,7 +126,7 @@ def decode(code_TBLN: Tensor, worth_T: Tensor, width: int, backend: str) -> Tens
         states_TBLD = unpack(code_TBLN, width)
         return torch.stack([_spikes(state, a) for state, a in zip(states_TBLD, worth_T, strict=True)])
     decoded_TBLD = _empty_decoded(code_TBLN, worth_T, width)
-    _module(backend).decode(code_TBLN, worth_T, decoded_TBLD)
+    _module(backend).decode(code_TBLN.contiguous(), worth_T.contiguous(), decoded_TBLD)
     return decoded_TBLD
 
 
@@ -143,9 +148,8 @@ def membrane_backward(
     if backend == "torch":
         return _membrane_backward(grad_TBLD, code_TBLN, alpha_T, grad_carry_BLD, reset, leak)
     grad_x, grad_carry = _empty_backward(grad_TBLD, reset)
-    _module(backend).membrane_backward(
-        grad_TBLD, code_TBLN, alpha_T, grad_carry_BLD, RESETS.index(reset), leak, grad_x, grad_carry
-    )
+    given = (grad_TBLD.contiguous(), code_TBLN.contiguous(), *_raw_and_floored(alpha_T), _contiguous(grad_carry_BLD))
+    _module(backend).membrane_backward(*given, RESETS.index(reset), leak, grad_x, grad_carry)
     return grad_x, grad_carry
 
 
@@ -166,6 +170,20 @@ def _empty_backward(grad_TBLD: Tensor, reset: str) -> tuple[Tensor, Tensor]:
 def _empty_carry(x_TBLD: Tensor, reset: str) -> Tensor:
     shape = (0,) if reset == "memoryless" else x_TBLD.shape[1:]
     return x_TBLD.new_empty(shape, dtype=compute_dtype(x_TBLD.dtype))
+
+
+def _raw_and_floored(alpha_T: Tensor) -> tuple[Tensor, Tensor]:
+    return alpha_T.contiguous(), alpha_T.clamp(min=AMPLITUDE_FLOOR)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _rows_apart(x_TBLD: Tensor) -> Tensor:
+    """x itself where its rows are whole and equally far apart within a timestep, as in expanded tensors and slices."""
+    regular = x_TBLD.stride(-1) == 1 and x_TBLD.stride(1) == x_TBLD.shape[2] * x_TBLD.stride(2)
+    return x_TBLD if regular else x_TBLD.contiguous()
 
 
 encode.register_fake(lambda x, alpha, carry, reset, leak, backend: _empty_encoded(x, reset))

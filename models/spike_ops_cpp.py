@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .neuron import AMPLITUDE_FLOOR
-
 SOURCE = Path(__file__).with_name("spike_ops.cpp")
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -47,6 +45,7 @@ def check(device_type: str) -> None:
 def encode(
     x_TBLD: Tensor,
     alpha_T: Tensor,
+    floored_T: Tensor,
     carry_BLD: Tensor | None,
     reset: int,
     leak: float,
@@ -54,18 +53,18 @@ def encode(
     measured: Tensor,
     left_BLD: Tensor,
 ) -> None:
-    """As spike_ops.encode, into the last three; amplitudes and carry are in the arithmetic's dtype."""
-    x_TBLD = _rows_apart(x_TBLD if x_TBLD.dtype in DTYPES else x_TBLD.float())
+    """As spike_ops.encode."""
+    x_TBLD = x_TBLD if x_TBLD.dtype in DTYPES else x_TBLD.float()
     apart = (x_TBLD.stride(0), x_TBLD.stride(-2))
-    where = (_contiguous(carry_BLD), left_BLD, code_TBLN, measured)
-    _call("encode", x_TBLD, code_TBLN, x_TBLD, *apart, *_amplitudes(alpha_T), leak, reset, *where)
+    where = (carry_BLD, left_BLD, code_TBLN, measured)
+    _call("encode", x_TBLD, code_TBLN, x_TBLD, *apart, alpha_T, floored_T, leak, reset, *where)
 
 
 def decode(code_TBLN: Tensor, worth_T: Tensor, decoded_TBLD: Tensor) -> None:
-    """As spike_ops.decode, into the last."""
+    """As spike_ops.decode."""
     out_TBLD = _writable(decoded_TBLD)
     worth_T = worth_T.to(torch.promote_types(worth_T.dtype, torch.float32))
-    _call("decode", out_TBLD, code_TBLN, code_TBLN.contiguous(), worth_T.contiguous(), out_TBLD)
+    _call("decode", out_TBLD, code_TBLN, code_TBLN, worth_T, out_TBLD)
     _write_back(out_TBLD, decoded_TBLD)
 
 
@@ -73,18 +72,18 @@ def membrane_backward(
     grad_TBLD: Tensor,
     code_TBLN: Tensor,
     alpha_T: Tensor,
+    floored_T: Tensor,
     grad_carry_BLD: Tensor | None,
     reset: int,
     leak: float,
     grad_x_TBLD: Tensor,
     grad_left_BLD: Tensor,
 ) -> None:
-    """As spike_ops.membrane_backward, into the last two; amplitudes and carries are in the arithmetic's dtype."""
+    """As spike_ops.membrane_backward."""
     out_TBLD = _writable(grad_x_TBLD)
-    grad_TBLD = grad_TBLD.to(out_TBLD.dtype).contiguous()
-    where = (_contiguous(grad_carry_BLD), out_TBLD, grad_left_BLD)
-    code_TBLN = code_TBLN.contiguous()
-    _call("membrane_backward", out_TBLD, code_TBLN, grad_TBLD, code_TBLN, *_amplitudes(alpha_T), leak, reset, *where)
+    grad_TBLD = grad_TBLD.to(out_TBLD.dtype)
+    where = (grad_carry_BLD, out_TBLD, grad_left_BLD)
+    _call("membrane_backward", out_TBLD, code_TBLN, grad_TBLD, code_TBLN, alpha_T, floored_T, leak, reset, *where)
     _write_back(out_TBLD, grad_x_TBLD)
 
 
@@ -100,21 +99,6 @@ def _call(name: str, x_TBLD: Tensor, code_TBLN: Tensor, *arguments: Any) -> None
 
 def _address(tensor: Tensor) -> int | None:
     return tensor.data_ptr() if tensor.numel() else None
-
-
-def _amplitudes(alpha_T: Tensor) -> tuple[Tensor, Tensor]:
-    return alpha_T.contiguous(), alpha_T.clamp(min=AMPLITUDE_FLOOR)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _rows_apart(x_TBLD: Tensor) -> Tensor:
-    """x itself where its rows are whole and equally far apart within a timestep, as in expanded tensors and slices."""
-    _, _, L, _ = x_TBLD.shape
-    regular = x_TBLD.stride(-1) == 1 and x_TBLD.stride(1) == L * x_TBLD.stride(2)
-    return x_TBLD if regular else x_TBLD.contiguous()
 
 
 def _writable(tensor: Tensor) -> Tensor:

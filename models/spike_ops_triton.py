@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .neuron import AMPLITUDE_FLOOR
-
 MEMORYLESS, RELEASED, NORMALIZED = (tl.constexpr(index) for index in range(3))
 NOT_FINITE, FIRST_SATURATED = tl.constexpr(5), tl.constexpr(3)
 
@@ -30,6 +28,7 @@ def check(device_type: str) -> None:
 def encode(
     x_TBLD: Tensor,
     alpha_T: Tensor,
+    floored_T: Tensor,
     carry_BLD: Tensor | None,
     reset: int,
     leak: float,
@@ -37,15 +36,12 @@ def encode(
     measured: Tensor,
     left_BLD: Tensor,
 ) -> None:
-    """As spike_ops.encode, into the last three; amplitudes and carry are in the arithmetic's dtype."""
-    x_TBLD = _rows_apart(x_TBLD)
+    """As spike_ops.encode."""
     T, N, D, H = _sizes(x_TBLD, code_TBLN)
     grid, blocks = _grid(N, H)
     partial = alpha_T.new_empty(*measured.shape[:2], N, grid[1])
     _encode[grid](
-        x_TBLD,
-        *_amplitudes(alpha_T),
-        x_TBLD if carry_BLD is None else carry_BLD.contiguous(),
+        *(x_TBLD, alpha_T, floored_T, x_TBLD if carry_BLD is None else carry_BLD),
         *(left_BLD, code_TBLN, partial, x_TBLD.stride(0), x_TBLD.stride(-2), N, D, H),
         *(T, reset, leak, carry_BLD is not None, *blocks),
         enable_fp_fusion=False,  # the order of roundings is the reference's
@@ -54,29 +50,28 @@ def encode(
 
 
 def decode(code_TBLN: Tensor, worth_T: Tensor, decoded_TBLD: Tensor) -> None:
-    """As spike_ops.decode, into the last."""
+    """As spike_ops.decode."""
     T, N, D, H = _sizes(decoded_TBLD, code_TBLN)
     grid, blocks = _grid(T * N, H)
-    _decode[grid](code_TBLN.contiguous(), worth_T.contiguous(), decoded_TBLD, T * N, N, D, H, *blocks)
+    _decode[grid](code_TBLN, worth_T, decoded_TBLD, T * N, N, D, H, *blocks)
 
 
 def membrane_backward(
     grad_TBLD: Tensor,
     code_TBLN: Tensor,
     alpha_T: Tensor,
+    floored_T: Tensor,
     grad_carry_BLD: Tensor | None,
     reset: int,
     leak: float,
     grad_x_TBLD: Tensor,
     grad_left_BLD: Tensor,
 ) -> None:
-    """As spike_ops.membrane_backward, into the last two; amplitudes and carries are in the arithmetic's dtype."""
+    """As spike_ops.membrane_backward."""
     T, N, D, H = _sizes(grad_TBLD, code_TBLN)
     grid, blocks = _grid(N, H)
-    grad_TBLD = grad_TBLD.contiguous()
     _membrane_backward[grid](
-        *(grad_TBLD, code_TBLN.contiguous(), *_amplitudes(alpha_T)),
-        grad_TBLD if grad_carry_BLD is None else grad_carry_BLD.contiguous(),
+        *(grad_TBLD, code_TBLN, alpha_T, floored_T, grad_TBLD if grad_carry_BLD is None else grad_carry_BLD),
         *(grad_x_TBLD, grad_left_BLD, N, D, H),
         *(T, reset, leak, grad_carry_BLD is not None, *blocks),
         enable_fp_fusion=False,
@@ -93,17 +88,6 @@ def _grid(rows: int, bytes_: int) -> tuple[tuple[int, int], tuple[int, int]]:
     block_n = ELEMENTS // BLOCK_H
     # A grid without programs is refused; one without rows has nothing to write.
     return (max(1, triton.cdiv(rows, block_n)), triton.cdiv(bytes_, block_h)), (block_n, block_h)
-
-
-def _amplitudes(alpha_T: Tensor) -> tuple[Tensor, Tensor]:
-    return alpha_T.contiguous(), alpha_T.clamp(min=AMPLITUDE_FLOOR)
-
-
-def _rows_apart(x_TBLD: Tensor) -> Tensor:
-    """x itself where its rows are whole and equally far apart within a timestep, as in expanded tensors and slices."""
-    L = x_TBLD.shape[2]
-    regular = x_TBLD.stride(-1) == 1 and x_TBLD.stride(1) == L * x_TBLD.stride(2)
-    return x_TBLD if regular else x_TBLD.contiguous()
 
 
 @triton.jit
