@@ -17,10 +17,11 @@ from .spike_linear import product_dtype
 class TokenHead(nn.Linear):
     """A linear layer from hidden states to logits, or, where labels are given, to the sum of their losses."""
 
-    def forward(self, hidden: Tensor, labels_N: Tensor | None = None, positions_at_once: int = 0) -> Tensor:
+    def forward(self, hidden: Tensor, labels_N: Tensor | None = None, positions_at_once: int = 1) -> Tensor:
         """Logits [..., V] of hidden states [..., D]; with labels [N] for hidden states [N, D] the summed loss in nats.
 
-        Of that a first derivative exists. `positions_at_once` says of how many positions logits exist at a time.
+        `positions_at_once`, at least 1, says of how many positions logits exist at a time. The loss has a first
+        derivative only.
         """
         if labels_N is None:
             return super().forward(hidden)
@@ -35,8 +36,8 @@ class _LinearCrossEntropy(Function):
         dtype = product_dtype(hidden_ND)
         weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         wanted = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden_ND) if any(wanted) else None
-        # Sums over chunks are in fp32: as wide as the sum that one product over all positions would make.
+        # In fp32: sums over chunks as wide as one product's over all positions, and scaled once in the backward.
+        grad_hidden = torch.empty_like(hidden_ND, dtype=torch.float32) if any(wanted) else None
         grad_weight, grad_bias = (
             torch.zeros_like(each, dtype=torch.float32) if is_wanted else None
             for each, is_wanted in zip((weight_VD, bias_V), wanted[1:], strict=True)
@@ -57,11 +58,8 @@ class _LinearCrossEntropy(Function):
                 grad_weight += grad.t() @ hidden
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
-            None if grad_bias is None else grad_bias.to(bias_V.dtype),
-        )
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, weight_VD.dtype
         return total
 
     @staticmethod
@@ -69,6 +67,7 @@ class _LinearCrossEntropy(Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "this loss has no second derivative: its gradient was made in the forward; call backward or "
-                "autograd.grad without create_graph, or set positions_at_once to 0"
+                "autograd.grad without create_graph, or set logits_at_once to 0"
             )
-        return *(None if each is None else each * grad.to(each.dtype) for each in ctx.saved_tensors), None, None
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if each is None else (each * grad).to(dtype) for each, dtype in pairs), None, None

@@ -47,7 +47,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     _needs_causal: bool | None = None  # None: stands on both kinds of stack
 
     logits_at_once: int = 0
-    """Positions of which training makes logits at a time, and then gives none out; 0: all, which are given out."""
+    """Positions of which training makes logits at a time; where more of them count, it gives none out. 0: all."""
 
     def __init__(self, config: SpikeLMConfig) -> None:
         if not self.fits(config):
@@ -93,7 +93,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             return head(hidden_BLD), None
         counted_BL = targets_BL != IGNORED_LABEL
         hidden_ND, labels_N = hidden_BLD[counted_BL], targets_BL[counted_BL]
-        if self.logits_at_once and self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and 0 < self.logits_at_once < len(labels_N):
             return None, head(hidden_ND, labels_N, self.logits_at_once)
         logits_NV = head(hidden_ND)
         return logits_NV, _loss_sum(logits_NV, labels_N)
@@ -190,7 +190,7 @@ class MaskedLMHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = TokenHead(config.hidden_size, config.vocab_size)
 
-    def forward(self, hidden: Tensor, labels_N: Tensor | None = None, positions_at_once: int = 0) -> Tensor:
+    def forward(self, hidden: Tensor, labels_N: Tensor | None = None, positions_at_once: int = 1) -> Tensor:
         """As TokenHead."""
         return self.decoder(self.norm(self.activation(self.dense(hidden))), labels_N, positions_at_once)
 

@@ -44,7 +44,7 @@ def run_neuron(
     `carry` is what the next timestep adds to its input (None: zero) and is differentiable, so that T may be run in
     chunks: the carry returned by one chunk goes into the next.
     """
-    compute = _compute_dtype(x_TBLD)
+    compute = compute_dtype(x_TBLD.dtype)
     outputs = []
     for t, x_BLD in enumerate(x_TBLD.unbind(0)):
         m = x_BLD.to(compute) if carry is None else carry + x_BLD
@@ -59,7 +59,7 @@ def run_neuron(
 
 def run_memoryless(x_TBLD: Tensor, alpha_T: Tensor, *, observe: Observer | None = None) -> Tensor:
     """Elastic neuron without membrane (keys and values): every timestep fires on its own input. Returns o_TBLD."""
-    compute = _compute_dtype(x_TBLD)
+    compute = compute_dtype(x_TBLD.dtype)
     x = x_TBLD.to(compute)
     if observe is not None:
         for t, x_BLD in enumerate(x.detach().unbind(0)):
@@ -81,7 +81,7 @@ def run_lif(
     m_t = leak * v_{t-1} + x_t,  s_t = 1 where m_t >= 1,  v_t = m_t * (1 - s_t) with s detached; arctangent surrogate
     gradient (Fang et al. 2021). `memoryless`: m_t = x_t, and the carry is None.
     """
-    compute = _compute_dtype(x_TBLD)
+    compute = compute_dtype(x_TBLD.dtype)
     spikes = []
     for t, x_BLD in enumerate(x_TBLD.unbind(0)):
         m = x_BLD.to(compute) if carry is None else carry + x_BLD
@@ -93,8 +93,9 @@ def run_lif(
     return torch.stack(spikes), carry
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of membranes and carries for inputs of `dtype`: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _carry(m: Tensor, o: Tensor, alpha: Tensor, leak: float, reset: str) -> Tensor:

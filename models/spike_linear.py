@@ -62,6 +62,8 @@ def spike_linear(
 def product_dtype(x: Tensor) -> torch.dtype:
     """Of the product of x and weights: autocast's where it is on, else x's."""
     device = x.device.type
+    if x.dtype == torch.float64:  # as torch's products, which autocast leaves as they are
+        return x.dtype
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 

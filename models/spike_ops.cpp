@@ -75,6 +75,7 @@ template <typename M>
 void fire(const M* m, M alpha, M a, M leak, int reset, uint8_t* state, M* carry, Sums<M>& sums) {
     const M half = M(0.5) * a, largest = std::numeric_limits<M>::max();
     int32_t wide[SPAN];
+    const bool known = a <= largest;  // an amplitude that is not finite must not pass for silence
     int positive = 0, negative = 0, saturated = 0;
     for (int i = 0; i < SPAN; ++i) {
         const M size = std::fabs(m[i]);
@@ -82,7 +83,7 @@ void fire(const M* m, M alpha, M a, M leak, int reset, uint8_t* state, M* carry,
         positive += up;
         negative += down;
         saturated += beyond;
-        wide[i] = size <= largest ? up + 2 * down + 2 * beyond : 5;
+        wide[i] = known & (size <= largest) ? up + 2 * down + 2 * beyond : 5;
     }
     sums.positive += positive;
     sums.negative += negative;

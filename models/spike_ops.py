@@ -7,9 +7,9 @@ Three primitives stand behind every spiking layer, each an operator of torch.lib
     membrane_backward  from the gradient of that to the gradient of the neuron's input
 
 An element is in one of six states: 0 silent, 1 and 2 a spike of +1 and -1, 3 and 4 the same beyond the amplitude,
-where no gradient passes, 5 not finite, which is decoded as NaN. Byte j of a row holds those of elements j, j + N and
-j + 2N, as digits to the base 6. Spikes are found without division: s = +-1 where +-m > 0.5 a, saturated where |m| > a,
-which equals the quotient's rounding (models.neuron, whose equations these are) to the bit.
+where no gradient passes, 5 not finite (membrane or amplitude), which is decoded as NaN. Byte j of a row holds those of
+elements j, j + N and j + 2N, as digits to the base 6. Spikes are found without division: s = +-1 where +-m > 0.5 a,
+saturated where |m| > a, which equals the quotient's rounding (models.neuron, whose equations these are) to the bit.
 
 Backends: "torch" runs anywhere; "cpp" is compiled on CPUs at first use; "triton" is for GPUs. "auto" chooses by device.
 
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .neuron import AMPLITUDE_FLOOR
+from .neuron import AMPLITUDE_FLOOR, compute_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -69,25 +69,32 @@ def resolve_backend(backend: Backend, device: torch.device) -> str:
         return wanted
     if backend != "auto":
         raise ValueError(f"spike backend {backend!r} cannot run here: {fault}: use auto or torch")
+    _warn_once(fault)
     return "torch"
 
 
 @cache
 def _fault(backend: str, device_type: str) -> str | None:
-    """Why a backend cannot run on such a device; None where it can. Said once, since auto then takes plain torch."""
+    """Why a backend cannot run on such a device; None where it can."""
     try:
         _module(backend).check(device_type)
-    except (ImportError, OSError, RuntimeError) as fault:
-        logger.warning("spikes are computed in plain torch, which is slower: %s", fault)
+    except ImportError as fault:
+        return f"{fault} (folders of exported models carry plain torch alone: install spikelm for the compiled form)"
+    except (OSError, RuntimeError) as fault:
         return str(fault)
     return None
+
+
+@cache
+def _warn_once(fault: str) -> None:
+    logger.warning("spikes are computed in plain torch, which is slower: %s", fault)
 
 
 def _module(backend: str) -> ModuleType:
     """The backend's module, imported when it is needed: one needs a compiler, the other a library.
 
     Its functions write into the outputs that they are given last. Amplitudes come raw and floored and, like carries, in
-    the arithmetic's dtype; all inputs are contiguous, apart from the rows of what is encoded.
+    the arithmetic's dtype; all inputs are contiguous, but what is encoded comes with its strides.
     """
     if backend == "cpp":
         from . import spike_ops_cpp as module
@@ -110,23 +117,27 @@ def encode(
         leak: share of the membrane that a timestep hands on.
         backend: as resolve_backend gives it.
     """
+    _check(x_TBLD, alpha_T, carry_BLD)
     alpha_T = alpha_T.detach().to(compute_dtype(x_TBLD.dtype))
     if backend == "torch":
         return _encode(x_TBLD, alpha_T, carry_BLD, reset, leak)
     code, measured, carry = _empty_encoded(x_TBLD, reset)
-    given = (_rows_apart(x_TBLD), *_raw_and_floored(alpha_T), _contiguous(carry_BLD))
-    _module(backend).encode(*given, RESETS.index(reset), leak, code, measured, carry)
+    given = (*_laid_out(x_TBLD), *_raw_and_floored(alpha_T), _contiguous(carry_BLD, alpha_T.dtype))
+    with torch.cuda.device_of(x_TBLD):
+        _module(backend).encode(*given, RESETS.index(reset), leak, code, measured, carry)
     return code, measured, carry
 
 
 @torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=())
 def decode(code_TBLN: Tensor, worth_T: Tensor, width: int, backend: str) -> Tensor:
     """Spikes times what each is worth, [T, B, L, width], in the dtype of `worth_T` (see `worth`)."""
+    _check(code_TBLN, worth_T, None, width)
     if backend == "torch":
         states_TBLD = unpack(code_TBLN, width)
         return torch.stack([_spikes(state, a) for state, a in zip(states_TBLD, worth_T, strict=True)])
     decoded_TBLD = _empty_decoded(code_TBLN, worth_T, width)
-    _module(backend).decode(code_TBLN.contiguous(), worth_T.contiguous(), decoded_TBLD)
+    with torch.cuda.device_of(code_TBLN):
+        _module(backend).decode(code_TBLN.contiguous(), worth_T.contiguous(), decoded_TBLD)
     return decoded_TBLD
 
 
@@ -144,12 +155,16 @@ def membrane_backward(
 
     The first has the dtype of `grad_TBLD`, the second that of the arithmetic; memoryless: it is empty.
     """
+    _check(grad_TBLD, alpha_T, grad_carry_BLD)
+    _check(code_TBLN, alpha_T, None, grad_TBLD.shape[-1])
     alpha_T = alpha_T.detach().to(compute_dtype(grad_TBLD.dtype))
     if backend == "torch":
         return _membrane_backward(grad_TBLD, code_TBLN, alpha_T, grad_carry_BLD, reset, leak)
     grad_x, grad_carry = _empty_backward(grad_TBLD, reset)
-    given = (grad_TBLD.contiguous(), code_TBLN.contiguous(), *_raw_and_floored(alpha_T), _contiguous(grad_carry_BLD))
-    _module(backend).membrane_backward(*given, RESETS.index(reset), leak, grad_x, grad_carry)
+    carry_BLD = _contiguous(grad_carry_BLD, alpha_T.dtype)
+    given = (grad_TBLD.contiguous(), code_TBLN.contiguous(), *_raw_and_floored(alpha_T), carry_BLD)
+    with torch.cuda.device_of(grad_TBLD):
+        _module(backend).membrane_backward(*given, RESETS.index(reset), leak, grad_x, grad_carry)
     return grad_x, grad_carry
 
 
@@ -176,14 +191,31 @@ def _raw_and_floored(alpha_T: Tensor) -> tuple[Tensor, Tensor]:
     return alpha_T.contiguous(), alpha_T.clamp(min=AMPLITUDE_FLOOR)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
 
 
-def _rows_apart(x_TBLD: Tensor) -> Tensor:
-    """x itself where its rows are whole and equally far apart within a timestep, as in expanded tensors and slices."""
-    regular = x_TBLD.stride(-1) == 1 and x_TBLD.stride(1) == x_TBLD.shape[2] * x_TBLD.stride(2)
-    return x_TBLD if regular else x_TBLD.contiguous()
+def _laid_out(x_TBLD: Tensor) -> tuple[Tensor, int, int]:
+    """x, and how far apart in it timesteps and rows are; a copy where rows are not whole or not equally far apart."""
+    _, B, L, D = x_TBLD.shape
+    apart_t, apart_b, apart_n, apart_d = x_TBLD.stride()
+    if L == 1:
+        apart_n = apart_b  # of a size of 1 the stride means nothing
+    if (D == 1 or apart_d == 1) and (B == 1 or apart_b == L * apart_n):
+        return x_TBLD, apart_t, apart_n
+    return x_TBLD.contiguous(), B * L * D, D
+
+
+def _check(x_TBLD: Tensor, alpha_T: Tensor, carry_BLD: Tensor | None, width: int | None = None) -> None:
+    """ValueError for what compiled forms would read beyond its end, or as what it is not."""
+    if len(alpha_T) != len(x_TBLD):
+        raise ValueError(f"{len(alpha_T)} amplitudes for {len(x_TBLD)} timesteps: give one for each")
+    if alpha_T.device != x_TBLD.device:
+        raise ValueError(f"amplitudes on {alpha_T.device}, spikes on {x_TBLD.device}: move them to one device")
+    if width is not None and code_width(width) != x_TBLD.shape[-1]:
+        raise ValueError(f"codes of {x_TBLD.shape[-1]} bytes a row do not hold {width} elements: give their own width")
+    if carry_BLD is not None and carry_BLD.shape != x_TBLD.shape[1:]:
+        raise ValueError(f"a carry of shape {tuple(carry_BLD.shape)} for rows of {tuple(x_TBLD.shape[1:])}")
 
 
 encode.register_fake(lambda x, alpha, carry, reset, leak, backend: _empty_encoded(x, reset))
@@ -200,7 +232,7 @@ def _encode(
         a = alpha.clamp(min=AMPLITUDE_FLOOR)
         size = m.abs()
         up, down, beyond = (each.to(torch.uint8) for each in (m > 0.5 * a, m < -0.5 * a, size > a))
-        states.append((up + 2 * down + 2 * beyond).masked_fill_(~m.isfinite(), NOT_FINITE))
+        states.append((up + 2 * down + 2 * beyond).masked_fill_(~(m.isfinite() & a.isfinite()), NOT_FINITE))
         counts = [each.sum(-1).double() for each in (up, down, beyond)]
         measured.append(torch.stack([size.sum(-1).double(), *counts]))
         if reset != "memoryless":
@@ -221,11 +253,6 @@ def _membrane_backward(
         d = grad
         grads.insert(0, d.to(grad_TBLD.dtype))
     return torch.stack(grads), alpha_T.new_empty(0) if reset == "memoryless" else d
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of membranes and carries for inputs of `dtype`: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def worth(alpha_T: Tensor, dtype: torch.dtype) -> Tensor:

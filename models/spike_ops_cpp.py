@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from functools import cache
@@ -44,6 +45,8 @@ def check(device_type: str) -> None:
 
 def encode(
     x_TBLD: Tensor,
+    apart_t: int,
+    apart_n: int,
     alpha_T: Tensor,
     floored_T: Tensor,
     carry_BLD: Tensor | None,
@@ -54,10 +57,10 @@ def encode(
     left_BLD: Tensor,
 ) -> None:
     """As spike_ops.encode."""
-    x_TBLD = x_TBLD if x_TBLD.dtype in DTYPES else x_TBLD.float()
-    apart = (x_TBLD.stride(0), x_TBLD.stride(-2))
+    if x_TBLD.dtype not in DTYPES:
+        x_TBLD, apart_t, apart_n = x_TBLD.float().contiguous(), x_TBLD[0].numel(), x_TBLD.shape[-1]
     where = (carry_BLD, left_BLD, code_TBLN, measured)
-    _call("encode", x_TBLD, code_TBLN, x_TBLD, *apart, alpha_T, floored_T, leak, reset, *where)
+    _call("encode", x_TBLD, code_TBLN, x_TBLD, apart_t, apart_n, alpha_T, floored_T, leak, reset, *where)
 
 
 def decode(code_TBLN: Tensor, worth_T: Tensor, decoded_TBLD: Tensor) -> None:
@@ -112,38 +115,46 @@ def _write_back(written: Tensor, tensor: Tensor) -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    if not SOURCE.exists():  # models exported with their code carry Python alone
-        raise OSError(f"{SOURCE.name} does not lie beside {Path(__file__).name}")
-    compiler = os.environ.get("CXX", "g++")
+    if not SOURCE.exists():
+        raise OSError(f"{SOURCE} is not installed")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
     path = _folder() / f"spike_ops-{_fingerprint(compiler)}.so"
-    if not path.exists():
-        _compile(compiler, path)
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            pass  # half a file, as full disks leave them: made anew
+    _compile(compiler, path)
     return ctypes.CDLL(str(path))
 
 
 def _folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)) / "spikelm"
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given) / "spikelm"
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "torch_extensions" / "spikelm"
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Of all that the library depends on; nodes that share a home may have different processors."""
-    version = _run([compiler, "--version"])
-    target = _run([compiler, "-march=native", "-Q", "--help=target"], check=False)
-    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, target, platform.machine())
+    processor = Path("/proc/cpuinfo")
+    lines = processor.read_text(encoding="utf-8").splitlines() if processor.exists() else []
+    features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    version = _run([*compiler, "--version"])
+    parts = (SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, version, platform.machine(), *features)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        _run([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
         os.replace(made, path)
 
 
-def _run(command: list[str], check: bool = True) -> str:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if check and done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command[:1])} failed: {done.stderr.strip()[-500:]}")
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
     return done.stdout

@@ -27,6 +27,8 @@ def check(device_type: str) -> None:
 
 def encode(
     x_TBLD: Tensor,
+    apart_t: int,
+    apart_n: int,
     alpha_T: Tensor,
     floored_T: Tensor,
     carry_BLD: Tensor | None,
@@ -42,7 +44,7 @@ def encode(
     partial = alpha_T.new_empty(*measured.shape[:2], N, grid[1])
     _encode[grid](
         *(x_TBLD, alpha_T, floored_T, x_TBLD if carry_BLD is None else carry_BLD),
-        *(left_BLD, code_TBLN, partial, x_TBLD.stride(0), x_TBLD.stride(-2), N, D, H),
+        *(left_BLD, code_TBLN, partial, apart_t, apart_n, N, D, H),
         *(T, reset, leak, carry_BLD is not None, *blocks),
         enable_fp_fusion=False,  # the order of roundings is the reference's
     )
@@ -95,7 +97,8 @@ def _fire(m, alpha, a, RESET: tl.constexpr, LEAK: tl.constexpr):
     """States of membranes, and what they leave to the next timestep."""
     size = tl.abs(m)
     up, down, beyond = (m > 0.5 * a).to(tl.int32), (m < -0.5 * a).to(tl.int32), (size > a).to(tl.int32)
-    finite = size < float("inf")
+    # An amplitude that is not finite must not pass for silence.
+    finite = size + (a - a) < float("inf")
     state = tl.where(finite, up + 2 * down + 2 * beyond, NOT_FINITE)
     if RESET == RELEASED:
         o = tl.where(finite, (up - down).to(m.dtype) * a, float("nan"))

@@ -132,8 +132,8 @@ class EngineSettings:
     """Compute what an MLP's activation gets once more in the backward, from packed spikes, instead of keeping it."""
 
     logits_at_once: NonNegativeInt = 4096
-    """Positions of which training makes logits at a time: all of them would be the most that a large vocabulary needs.
-    0: all at once."""
+    """Positions of a micro-batch of which training makes logits at a time; of all of them (0) they may be the most that
+    a large vocabulary needs."""
 
     spike_backend: Backend = "auto"
     """What computes elastic neurons: plain torch; cpp, compiled on CPUs at first use; triton on GPUs; auto: the fastest

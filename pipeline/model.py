@@ -23,7 +23,7 @@ from models.modeling import (
 )
 from models.warm_start import CheckpointTensors, llama_differences, load_bert, load_llama
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
-from pipeline.config import RunConfig, is_decoder, zero_stage
+from pipeline.config import EngineSettings, RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_tokenizer
 from pipeline.engine import partition_weights
 from pipeline.model_folder import read_model_folder
@@ -44,10 +44,7 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
         _refuse_other_llama(model.config, Path(config.model.warm_start))
     partitioned = zero_stage(config) == 3 and not config.model.warm_start
     draw_weights(model, partial(partition_weights, config=config, world=world) if partitioned else None)
-    engine, stack = config.engine, spiking_stack(model)
-    stack.set_checkpointing(engine.checkpointing, engine.checkpointing_timesteps, engine.recompute_hidden)
-    stack.set_spike_backend(engine.spike_backend, world.device)
-    model.logits_at_once = engine.logits_at_once
+    set_execution(model, config.engine, world.device)
     if not config.model.warm_start:
         return model, []
     load = load_llama if model.config.traits.causal else load_bert
@@ -55,6 +52,14 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     remarks = [f"{', '.join(names)} {what}" for what, names in parts.items() if names]
     return model, remarks + report.remarks + other_tokens(Path(config.model.warm_start), corpus.tokenizer)
+
+
+def set_execution(model: SpikeLMPreTrainedModel, engine: EngineSettings, device: torch.device) -> None:
+    """How the model computes what it computes. Raises ValueError for a spike backend that cannot run on `device`."""
+    stack = spiking_stack(model)
+    stack.set_checkpointing(engine.checkpointing, engine.checkpointing_timesteps, engine.recompute_hidden)
+    stack.set_spike_backend(engine.spike_backend, device)
+    model.logits_at_once = engine.logits_at_once
 
 
 def other_tokens(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -1,5 +1,7 @@
 """Models that are made without weights and then given them module by module."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import CONFIG, make_batch
@@ -9,8 +11,9 @@ from data_prep.manifest import TOKENIZER_FOLDER
 from models.amplitudes import calibrate_amplitudes
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForCausalLM, SpikeLMForPreTraining
+from pipeline.config import EngineSettings
 from pipeline.corpus import open_tokenizer
-from pipeline.model import draw_weights, other_tokens
+from pipeline.model import draw_weights, other_tokens, set_execution
 
 LLAMA = {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True}
 
@@ -80,3 +83,21 @@ def test_a_warm_start_tells_of_tokens_that_change_their_embeddings(tiny_shards, 
     (remark,) = other_tokens(causal_shards / TOKENIZER_FOLDER, tokenizer)
     assert f"of the shards' {len(tokenizer)} tokens have other ids" in remark
     assert str(causal_shards) in remark
+
+
+def test_a_model_computes_as_the_recipe_says():
+    model = drawn_model()
+    engine = EngineSettings(
+        checkpointing="timestep",
+        checkpointing_timesteps=2,
+        recompute_hidden=True,
+        spike_backend="torch",
+        logits_at_once=7,
+    )
+    set_execution(model, engine, torch.device("cpu"))
+    for layer in model.model.stack.layers:
+        assert layer.gradient_checkpointing and layer.timesteps_per_cell == 2
+        assert layer.mlp.up.recompute and not layer.mlp.down.recompute and layer.spike_backend == "torch"
+    assert model.logits_at_once == 7
+    with pytest.raises(ValueError, match="'cpp' cannot run here"):
+        set_execution(model, replace(engine, spike_backend="cpp"), torch.device("meta"))

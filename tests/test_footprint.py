@@ -169,6 +169,28 @@ def test_layers_that_run_again_let_go_of_gathered_weights(small):
     assert held_states(config, Data(500, 32), cluster(4)).standing["gathered"] == 2 * count_parameters(layer)
 
 
+def test_products_of_elastic_neurons_let_go_of_gathered_weights_and_others_do_not(small):
+    gathered = {}
+    for kind in ("elastic", "lif"):
+        config = small(processes=4, zero={"stage": 3}, precision="bf16", neuron={"kind": kind})
+        gathered[kind] = held_states(config, Data(500, 32), cluster(4)).standing["gathered"]
+    model = empty_model(config, 500)
+    assert gathered == {
+        "elastic": 2 * count_parameters(model.model.stack.layers[0]),
+        "lif": 2 * count_parameters(model),
+    }
+
+
+def test_what_is_recomputed_of_the_mlp_is_work(small):
+    plain = step_work(config := small(), DATA)
+    again = step_work(changed(config, "engine", recompute_hidden=True), DATA)
+    rows, T = config.training.global_batch_size, config.model.neuron.num_timesteps
+    layers = empty_model(config, DATA.vocab_size).model.stack.layers
+    products = 2 * rows * DATA.sample_length * T * sum(layer.mlp.up.weight.numel() for layer in layers)
+    assert again.recomputed - plain.recomputed == products > 0
+    assert again.layers == plain.layers
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_step_needs_an_fp32_gradient_and_space_of_what_a_process_updates(small, stage):
     config = small(processes=4, zero={"stage": stage}, precision="bf16")

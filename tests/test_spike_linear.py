@@ -94,7 +94,7 @@ def test_a_neuron_alone_equals_plain_autograd():
         assert_close(gradients([ours], [x, carry]), gradients([theirs], [x, carry]), 1e-14)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
 def test_backends_agree_to_the_bit(backend):
     x, weight, bias, carry = inputs = arguments(carry=True)
     outputs = [spike_linear(x, weight, bias, ALPHA, carry, firing(backend=each), F.gelu) for each in ("torch", backend)]

@@ -1,5 +1,6 @@
 """The primitives on packed codes: each backend against the pure neurons, to the bit, and the choice of a backend."""
 
+import configparser
 import json
 import logging
 import os
@@ -103,8 +104,20 @@ def test_primitives_equal_plain_autograd_to_the_bit(backend, reset, dtype, width
 def test_what_is_not_finite_stays_visible(backend, reset):
     x = random(4, 2, 3, 70, seed=0)
     x.view(-1)[::7], x.view(-1)[3::11], x.view(-1)[5::13] = torch.nan, torch.inf, -torch.inf
-    code, _ = check(x, random(4, seed=1).abs() + 0.3, reset, backend, grad_carry=random(2, 3, 70, seed=2))
-    assert unpack(code, 70)[~x.isfinite()].unique().tolist() == [STATES - 1]
+    for grad_carry in (None, random(2, 3, 70, seed=2)):
+        code, _ = check(x, random(4, seed=1).abs() + 0.3, reset, backend, grad_carry=grad_carry)
+        assert unpack(code, 70)[~x.isfinite()].unique().tolist() == [STATES - 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reset", RESETS)
+def test_an_amplitude_that_is_not_finite_is_no_silence(backend, reset):
+    x = random(3, 2, 3, 70, seed=0)
+    check(x, torch.tensor([0.5, torch.nan, 0.8], device=DEVICE), reset, backend, grad_carry=random(2, 3, 70, seed=2))
+    for a in (torch.nan, torch.inf):
+        alpha = torch.tensor([0.5, a, 0.8], device=DEVICE)
+        code, *_ = encode(x, alpha, None, reset, LEAK, backend)
+        assert decode(code, worth(alpha, torch.float32), 70, backend)[1].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,7 +147,9 @@ def test_what_is_measured_of_each_token(backend):
 def test_views_are_read_where_they_lie(backend):
     """Slices of a product, timesteps that share their memory, and what is neither."""
     alpha, wide = torch.tensor([0.5, 1.0, 1.5], device=DEVICE), random(3, 2, 5, 300, seed=0)
-    for x in (wide[..., 100:200], wide[:1].expand(3, -1, -1, -1), wide.transpose(1, 2), wide[:, :, ::2]):
+    views = [wide[..., 100:200], wide[:1].expand(3, -1, -1, -1), wide.transpose(1, 2), wide[:, :, ::2]]
+    views += [wide[:, :1].transpose(1, 2), wide[:, :, :1], wide[..., :1], wide[:, :1].expand(-1, 4, -1, -1)]
+    for x in views:
         for reset in RESETS:
             ours, expected = (encode(each, alpha, None, reset, LEAK, backend) for each in (x, x.contiguous()))
             assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
@@ -190,6 +205,20 @@ def test_kernels_compile_for_gpus_and_round_as_the_reference_does():
     assert len(fused) == 14 and not any(fused.values()), fused
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_fit_together_is_refused(backend):
+    x, alpha = random(2, 1, 3, 70, seed=0), torch.tensor([0.5, 1.0], device=DEVICE)
+    code, *_ = encode(x, alpha, None, "released", LEAK, backend)
+    with pytest.raises(ValueError, match="1 amplitudes for 2 timesteps"):
+        encode(x, alpha[:1], None, "released", LEAK, backend)
+    with pytest.raises(ValueError, match=r"a carry of shape \(1, 3, 5\) for rows of \(1, 3, 70\)"):
+        encode(x, alpha, x[0, ..., :5], "released", LEAK, backend)
+    with pytest.raises(ValueError, match="codes of 32 bytes a row do not hold 170 elements"):
+        decode(code, alpha, 170, backend)
+    with pytest.raises(ValueError, match="codes of 32 bytes a row do not hold 5 elements"):
+        membrane_backward(x[..., :5], code, alpha, None, "released", LEAK, backend)
+
+
 # The choice of a backend
 
 
@@ -202,7 +231,7 @@ def test_auto_takes_the_compiled_form_on_cpus_and_plain_torch_where_there_is_non
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    caches = (spike_ops_cpp._library, spike_ops._fault)
+    caches = (spike_ops_cpp._library, spike_ops._fault, spike_ops._warn_once)
     for cached in caches:
         cached.cache_clear()
     yield monkeypatch
@@ -216,6 +245,7 @@ def test_without_a_compiler_auto_falls_back_with_a_message_and_an_explicit_choic
     assert len(caplog.records) == 1 and "plain torch" in caplog.text and "no-such-compiler" in caplog.text
     with pytest.raises(ValueError, match="'cpp' cannot run here: .*no-such-compiler.*: use auto or torch"):
         resolve_backend("cpp", CPU)
+    assert len(caplog.records) == 1, "a choice that is refused runs nothing"
 
 
 def test_a_source_that_does_not_compile_is_told(no_compiler, tmp_path):
@@ -224,6 +254,22 @@ def test_a_source_that_does_not_compile_is_told(no_compiler, tmp_path):
     with pytest.raises(ValueError, match=r"g\+\+ failed: .*no-such-option"):
         resolve_backend("cpp", CPU)
     assert list((tmp_path / "spikelm").iterdir()) == [], "nothing half done is left"
+
+
+def test_half_a_library_is_made_anew(no_compiler, tmp_path):
+    no_compiler.setenv("CXX", "g++ -pipe")
+    torn = tmp_path / "spikelm" / f"spike_ops-{spike_ops_cpp._fingerprint(['g++', '-pipe'])}.so"
+    torn.parent.mkdir()
+    torn.write_bytes(b"\x7fELF")
+    assert resolve_backend("cpp", CPU) == "cpp" and torn.stat().st_size > 1000
+
+
+def test_the_source_is_installed_with_the_package():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    patterns = settings["options.package_data"]["models"].split()
+    others = [path for path in (ROOT / "models").iterdir() if path.is_file() and path.suffix != ".py"]
+    assert others and all(any(path.match(pattern) for pattern in patterns) for path in others)
 
 
 def test_backends_that_cannot_run_are_refused():

@@ -12,7 +12,6 @@ from functools import partial
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
@@ -24,6 +23,7 @@ from models.neuron import run_memoryless, run_neuron
 from models.stack import build_block
 from pipeline.tracing import LiveBytes
 from tests.bench.tables import format_table, machine, median_and_spread, ratio_and_spread, record, seconds
+from tests.tiny import project_by_fire
 
 ORDINARY_T, ORDINARY = "ordinary, T times the batch", "ordinary, same batch"
 
@@ -78,7 +78,7 @@ def build_variants(
         return layer(x.clone(), alphas)[0]
 
     def plainly() -> Tensor:
-        with mock.patch.multiple(BlockNeurons, fire=_fire_plainly, project=_project_plainly):
+        with mock.patch.multiple(BlockNeurons, fire=_fire_plainly, project=project_by_fire):
             return spiking(x_TBLD.clone(), alphas)[0]
 
     nothing = torch.zeros(config.num_timesteps, len(STATISTICS), dtype=torch.float64, device=device)
@@ -116,19 +116,6 @@ def _fire_plainly(neurons: BlockNeurons, site: int, x_TBLD: Tensor, *, memoryles
     if memoryless:
         return run_memoryless(x_TBLD, alpha_T)
     return run_neuron(x_TBLD, alpha_T, leak=config.leak, reset=config.reset)[0]
-
-
-def _project_plainly(
-    neurons: BlockNeurons,
-    site: int,
-    x_TBLD: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: Callable[[Tensor], Tensor] | None = None,
-    recompute: bool = False,
-) -> Tensor:
-    product = F.linear(neurons.fire(site, x_TBLD), weight, bias)
-    return product if activation is None else activation(product)
 
 
 def _spiking_layer(config: SpikeLMConfig, x_TBLD: Tensor) -> tuple[SpikeBlock, Tensor]:

@@ -42,6 +42,7 @@ CASES = [
     {**ENCODER, "precision": "bf16", "checkpointing": "layer", "accumulation": 2},
     {**ENCODER, "ds_config": "zero1", "checkpointing": "timestep", "accumulation": 2},
     {**DECODER, "precision": "bf16"},
+    {**DECODER, "precision": "bf16", "recompute_hidden": True},
     {**DECODER, "checkpointing": "layer", "ds_config": "zero3"},
     {**DECODER, "checkpointing": "timestep", "precision": "bf16"},
     {**DECODER, "tokens": 16, "rows": 1},  # AdamW needs more than the passes
@@ -52,7 +53,15 @@ CASES = [
     {**DECODER, "ds_config": "zero2_offload", "precision": "bf16", "checkpointing": "layer"},
     {**DECODER, "ds_config": "zero3_offload", "precision": "bf16", "checkpointing": "layer"},
 ]
-DEFAULTS = {"tokens": 128, "rows": 4, "accumulation": 1, "processes": 1, "bucket": 1_000_000, "zero": {}}
+DEFAULTS = {
+    "tokens": 128,
+    "rows": 4,
+    "accumulation": 1,
+    "processes": 1,
+    "bucket": 1_000_000,
+    "zero": {},
+    "recompute_hidden": False,
+}
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "num_hidden_layers": 4}
 VOCAB_SIZE = 1000
 STEPS_BEFORE = 3  # DeepSpeed's ZeRO-3 learns in the first ones which weights follow which
@@ -106,6 +115,7 @@ def recipe(case: dict[str, Any], folder: Path) -> RunConfig:
                 "ds_config": str(path),
                 "precision": case["precision"],
                 "checkpointing": case["checkpointing"],
+                "recompute_hidden": case["recompute_hidden"],
             },
             "training": {
                 "total_steps": 4,
@@ -156,7 +166,8 @@ def build(config: RunConfig, world: World) -> nn.Module:
     """The recipe's model with weights, partitioned where they are to be, and its checkpointing set."""
     model = empty_model(config, VOCAB_SIZE)
     draw_weights(model, partial(partition_weights, config=config, world=world) if zero_stage(config) == 3 else None)
-    model.model.stack.set_checkpointing(config.engine.checkpointing, config.engine.checkpointing_timesteps)
+    engine = config.engine
+    model.model.stack.set_checkpointing(engine.checkpointing, engine.checkpointing_timesteps, engine.recompute_hidden)
     model.logits_at_once = config.engine.logits_at_once
     return model
 

@@ -1,8 +1,9 @@
-"""A whole training step against transformers' BERT on T times the batch: time, tokens a second, memory at the peak.
+"""A whole training step against transformers' BERT on T times the batch: time, tokens a second, memory.
 
     python -m tests.bench.bench_step --layers 2 --rows 2      (a quick try; on a GPU: --rows 64 --precision bf16)
 
-Forward, backward and AdamW of a masked language model; 15 % of the positions count, all rows are full.
+Forward, backward and AdamW of a masked language model; 15 % of the positions count, all rows are full. Memory is what a
+step has at its peak, over the weights and states of all models.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from transformers import BertConfig, BertForMaskedLM
 from models.amplitudes import SpikeStats, calibrate_amplitudes, update_amplitudes
 from models.config import SpikeLMConfig, preset
 from models.modeling import SpikeLMForMaskedLM
+from pipeline.config import EngineSettings
 from tests.bench.tables import format_table, machine, median_and_spread, ratio_and_spread, record, seconds
 
 MASKED = 0.15
+LOGITS_AT_ONCE = EngineSettings().logits_at_once
 BASE = "BERT, T times the batch"
 
 
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = f"{options.preset} layers={options.layers} B={options.rows} L={options.tokens} T={options.timesteps}"
     unit = "CPU-s" if device.type == "cpu" else "s"
     print(f"A training step, {setting}, {options.precision}; {options.rounds} alternations; {machine(device)}")
-    print(format_table(["model", f"{unit}, median (range)", "by T x BERT", f"tokens/{unit}", "peak, GB"], rows))
+    print(format_table(["model", f"{unit}, median (range)", "by T x BERT", f"tokens/{unit}", "over states, GB"], rows))
     if options.record:
         record("step", f"{setting} {options.precision}", unit, taken, device)
 
@@ -61,6 +64,7 @@ def build_steps(
     lean = SpikeLMForMaskedLM(config).to(device, dtype)
     calibrate_amplitudes(lean, batch)
     lean.model.stack.set_checkpointing("none", recompute_hidden=True)
+    lean.logits_at_once = spiking.logits_at_once = LOGITS_AT_ONCE
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     same = {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -97,8 +101,9 @@ def _peak(step: Callable[[], None], device: torch.device) -> str:
     if device.type == "cpu":
         return "-"
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     step()
-    return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f}"
+    return f"{(torch.cuda.max_memory_allocated(device) - before) / 1e9:.2f}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in about ten minutes on one: kernels against the reference, then the benchmarks, whose raw
-# figures are appended to results.csv. From the project's root, in an environment that has it installed.
+# Kernels against the reference on a GPU, then primitives, layer and step, whose raw figures are appended to results.csv.
+# From the project's root, in an environment that has it installed.
 set -euo pipefail
 python -m pytest -q tests/test_spike_ops.py
 python -m tests.bench.bench_ops --rows 64 --record
