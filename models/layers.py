@@ -72,6 +72,7 @@ class SpikeLinear(nn.Linear):
     """Make what the activation gets again in the backward, instead of keeping it."""
 
     def forward(self, x_TBLD: Tensor, neurons: BlockNeurons, site: int, activation: Activation | None = None) -> Tensor:
+        """activation(spikes W^T + b), [T, B, L, out_features or what the activation makes of them]."""
         return neurons.project(site, x_TBLD, self.weight, self.bias, activation, self.recompute)
 
 

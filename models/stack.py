@@ -165,7 +165,7 @@ class SpikeStack(nn.Module):
         without timesteps.
         """
         # Cells stand inside the layer's checkpoint: alone they keep the carries of all layers, 3D + F a boundary and
-        # token, which is more than they save (6 layers, T=8: 414 MB at the peak, layers alone 347, both 159).
+        # token, which is more than they save.
         if mode not in ("none", "layer", "timestep"):
             raise ValueError(f"checkpointing is {mode!r}: use none, layer or timestep")
         if timesteps_per_cell < 1:
