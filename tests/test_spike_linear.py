@@ -6,9 +6,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from decoders import make_decoder, token_ids
+from tiny import fire_plainly, make_batch, make_model, project_by_fire
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.amplitudes import BlockNeurons, calibrate_amplitudes
 from models.config import FAMILIES, SpikeLMConfig
 from models.neuron import run_memoryless, run_neuron
 from models.spike_linear import Firing, KeptAsCodes, spike, spike_linear
@@ -271,3 +274,26 @@ def test_a_layer_is_let_go_with_its_output():
         assert live.live == 0
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("neuron", [{}, {"preset": "released"}], ids=["default", "released"])
+def test_a_model_has_the_loss_and_gradients_of_plain_autograd(family, neuron, monkeypatch):
+    if family == "bert":
+        model, batch = make_model(neuron), make_batch()
+    else:
+        model, ids = make_decoder(neuron), token_ids()
+        batch = {"input_ids": ids, "labels": ids}
+    calibrate_amplitudes(model, batch)
+    ours = loss_and_gradients(model.train(), batch)
+    monkeypatch.setattr(BlockNeurons, "project", project_by_fire)
+    monkeypatch.setattr(BlockNeurons, "fire", fire_plainly)
+    expected = loss_and_gradients(model, batch)
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-6, atol=0)
+    for mine, other in zip(ours[1:], expected[1:], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6 * float(other.abs().max()) + 1e-12)
+
+
+def loss_and_gradients(model, batch):
+    loss = model(**batch).loss
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]

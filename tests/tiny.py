@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForPreTraining
+from models.neuron import run_memoryless, run_neuron
 
 CONFIG = {
     "vocab_size": 50,
@@ -48,6 +49,14 @@ def project_by_fire(neurons, site, x, weight, bias, activation=None, recompute=F
     """BlockNeurons.project in two steps, to be put in its place: what each linear layer sees passes through `fire`."""
     product = F.linear(neurons.fire(site, x), weight, bias)
     return product if activation is None else activation(product)
+
+
+def fire_plainly(neurons, site, x, *, memoryless=False):
+    """BlockNeurons.fire of elastic neurons by the pure ones and plain autograd, without statistics."""
+    alpha, config = neurons.amplitudes[site], neurons.config
+    if memoryless:
+        return run_memoryless(x, alpha)
+    return run_neuron(x, alpha, leak=config.leak, reset=config.reset)[0]
 
 
 def rows_of(batch, rows):

@@ -19,11 +19,10 @@ from transformers.models.bert.modeling_bert import BertLayer
 from models.amplitudes import STATISTICS, BlockNeurons
 from models.config import SpikeLMConfig, preset
 from models.layers import SITES, SpikeBlock
-from models.neuron import run_memoryless, run_neuron
 from models.stack import build_block
 from pipeline.tracing import LiveBytes
 from tests.bench.tables import format_table, machine, median_and_spread, ratio_and_spread, record, seconds
-from tests.tiny import project_by_fire
+from tests.tiny import fire_plainly, project_by_fire
 
 ORDINARY_T, ORDINARY = "ordinary, T times the batch", "ordinary, same batch"
 
@@ -78,7 +77,7 @@ def build_variants(
         return layer(x.clone(), alphas)[0]
 
     def plainly() -> Tensor:
-        with mock.patch.multiple(BlockNeurons, fire=_fire_plainly, project=project_by_fire):
+        with mock.patch.multiple(BlockNeurons, fire=fire_plainly, project=project_by_fire):
             return spiking(x_TBLD.clone(), alphas)[0]
 
     nothing = torch.zeros(config.num_timesteps, len(STATISTICS), dtype=torch.float64, device=device)
@@ -108,14 +107,6 @@ def bytes_kept(forward: Callable[[], Tensor]) -> int:
         graph = forward().grad_fn
     assert graph is not None
     return sum(counter.live for counter in counters)
-
-
-def _fire_plainly(neurons: BlockNeurons, site: int, x_TBLD: Tensor, *, memoryless: bool = False) -> Tensor:
-    """BlockNeurons.fire by the pure neurons and plain autograd."""
-    alpha_T, config = neurons.amplitudes[site], neurons.config
-    if memoryless:
-        return run_memoryless(x_TBLD, alpha_T)
-    return run_neuron(x_TBLD, alpha_T, leak=config.leak, reset=config.reset)[0]
 
 
 def _spiking_layer(config: SpikeLMConfig, x_TBLD: Tensor) -> tuple[SpikeBlock, Tensor]:
