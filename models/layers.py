@@ -5,6 +5,7 @@ Legend: T spike timesteps (first), B batch, L tokens, D width, H heads, K width 
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .amplitudes import BlockNeurons
 from .cache import SpikeCacheLayer
 from .config import NeuronConfig
-from .positions import Rotary, rotate
+from .positions import WHOLE_ROWS, BatchLayout, TokenPlaces, rotate
 from .spike_linear import Activation
 from .spike_ops import Backend
 
@@ -99,43 +100,46 @@ class SpikeAttention(nn.Module):
         self,
         x_TBLD: Tensor,
         neurons: BlockNeurons,
-        mask: Tensor | None = None,
-        rotary: Rotary | None = None,
+        layout: BatchLayout,
         cache: SpikeCacheLayer | None = None,
     ) -> Tensor:
         q, k, v = self.qkv(x_TBLD, neurons, QKV).split(self.widths, dim=-1)
-        if rotary is None:
+        if layout.rotary is None:
             q = q.contiguous()  # a view of q would keep the real k and v alive until the backward
         else:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k = rotate(q, layout.rotary), rotate(k, layout.rotary)
         k = neurons.fire(KEY, k, memoryless=True)
         v = neurons.fire(VALUE, v, memoryless=True)
         if cache is not None:
             k, v = cache.update(k, v, neurons.worth(KEY, k.dtype), neurons.worth(VALUE, v.dtype))
-        k, v = self._for_heads(k), self._for_heads(v)
-        with nullcontext() if cache is not None else neurons.keeping_codes({KEY: k, VALUE: v}, self._for_heads):
-            context_TBLD = self._attend(q, k, v, mask)
+        for_heads = partial(self._for_heads, places=layout.places)
+        k, v = for_heads(k), for_heads(v)
+        with nullcontext() if cache is not None else neurons.keeping_codes({KEY: k, VALUE: v}, for_heads):
+            context_TBLD = self._attend(q, k, v, layout)
         return self.output(context_TBLD, neurons, ATTENTION_OUTPUT)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """What each token takes up, [T, B, L, D]; keys and values are given head by head."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout) -> Tensor:
+        """What each token takes up, in the shape of q; keys and values are given head by head."""
         context_THLK = F.scaled_dot_product_attention(
-            self._by_head(q),
+            self._by_head(q, layout.places),
             k,
             v,
-            attn_mask=mask,
+            attn_mask=layout.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal and mask is None,
+            is_causal=self.causal and layout.mask is None,
         )
-        return context_THLK.transpose(1, 2).reshape(q.shape)
+        context_TBLD = context_THLK.transpose(1, 2).flatten(2).unflatten(0, (len(q), -1))
+        return context_TBLD if layout.places is None else layout.places.pack(context_TBLD)
 
-    def _by_head(self, x: Tensor) -> Tensor:
+    def _by_head(self, x: Tensor, places: TokenPlaces | None) -> Tensor:
+        """[T * B, H, L, K]; where tokens stand in one row, put back into the rows of the batch."""
+        x = x if places is None else places.pad(x)
         T, B, L, D = x.shape
         return x.reshape(T * B, L, D // self.head_width, self.head_width).transpose(1, 2)
 
-    def _for_heads(self, x: Tensor) -> Tensor:
+    def _for_heads(self, x: Tensor, places: TokenPlaces | None) -> Tensor:
         """Keys or values head by head, repeated for the query heads that share them."""
-        by_head = self._by_head(x)
+        by_head = self._by_head(x, places)
         # Not by enable_gqa, with which a mask leaves no fused kernel but the CPU's.
         return by_head.repeat_interleave(self.sharing, dim=1) if self.sharing > 1 else by_head
 
@@ -192,27 +196,22 @@ class SpikeBlock(GradientCheckpointingLayer):
         self,
         x_TBLD: Tensor,
         amplitudes: Tensor,
-        mask: Tensor | None = None,
-        counted_BL: Tensor | None = None,
+        layout: BatchLayout = WHOLE_ROWS,
         calibrate: bool = False,
-        rotary: Rotary | None = None,
         cache: SpikeCacheLayer | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the hidden states [T, B, L, D] and the sums of SpikeStats [sites, T, 5].
 
         Args:
             amplitudes: this block's rows of the table, [sites, T].
-            mask: for every timestep and row, [T * B, 1, 1 or L, L], or S columns with a cache, which then needs one:
-                True where a token may be attended to, or what is added to the scores.
-            counted_BL: True where a token counts in the statistics.
+            layout: of the batch.
             calibrate: fill `amplitudes` in, site after site.
-            rotary: by which queries and keys are rotated.
             cache: keys and values of the tokens before these, to which theirs are added.
         """
         if self._has_cells(len(x_TBLD)) and not calibrate:
-            return self._run_cells(x_TBLD, amplitudes, mask, counted_BL, rotary)
-        neurons = self._neurons(amplitudes, counted_BL, calibrate)
-        return self._run(x_TBLD, neurons, mask, rotary, cache), neurons.stats().to(x_TBLD.device)
+            return self._run_cells(x_TBLD, amplitudes, layout)
+        neurons = self._neurons(amplitudes, layout.counted_BL, calibrate)
+        return self._run(x_TBLD, neurons, layout, cache), neurons.stats().to(x_TBLD.device)
 
     def _neurons(
         self,
@@ -227,55 +226,35 @@ class SpikeBlock(GradientCheckpointingLayer):
         )
 
     def _run(
-        self,
-        x_TBLD: Tensor,
-        neurons: BlockNeurons,
-        mask: Tensor | None,
-        rotary: Rotary | None,
-        cache: SpikeCacheLayer | None = None,
+        self, x_TBLD: Tensor, neurons: BlockNeurons, layout: BatchLayout, cache: SpikeCacheLayer | None = None
     ) -> Tensor:
         if self.norm_first:
-            x_TBLD = x_TBLD + self.dropout(self.attention(self.attention_norm(x_TBLD), neurons, mask, rotary, cache))
+            x_TBLD = x_TBLD + self.dropout(self.attention(self.attention_norm(x_TBLD), neurons, layout, cache))
             return x_TBLD + self.dropout(self.mlp(self.mlp_norm(x_TBLD), neurons))
-        x_TBLD = self.attention_norm(x_TBLD + self.dropout(self.attention(x_TBLD, neurons, mask, rotary, cache)))
+        x_TBLD = self.attention_norm(x_TBLD + self.dropout(self.attention(x_TBLD, neurons, layout, cache)))
         return self.mlp_norm(x_TBLD + self.dropout(self.mlp(x_TBLD, neurons)))
 
     def _has_cells(self, num_timesteps: int) -> bool:
         cell = self.timesteps_per_cell
         return cell is not None and cell < num_timesteps and self.training and torch.is_grad_enabled()
 
-    def _run_cells(
-        self,
-        x_TBLD: Tensor,
-        amplitudes: Tensor,
-        mask: Tensor | None,
-        counted_BL: Tensor | None,
-        rotary: Rotary | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _run_cells(self, x_TBLD: Tensor, amplitudes: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor]:
         outputs, sums, carries = [], [], ()
         for x_cell, alphas in zip(
             x_TBLD.split(self.timesteps_per_cell), amplitudes.split(self.timesteps_per_cell, dim=1), strict=True
         ):
-            cell_mask = None if mask is None else mask[: x_cell.shape[0] * x_cell.shape[1]]  # alike at all timesteps
-            output, cell_sums, carries = checkpoint(
-                self._cell, x_cell, alphas, cell_mask, counted_BL, rotary, *carries, use_reentrant=False
-            )
+            part = layout.of_timesteps(len(x_cell) / len(x_TBLD))
+            output, cell_sums, carries = checkpoint(self._cell, x_cell, alphas, part, *carries, use_reentrant=False)
             outputs.append(output)
             sums.append(cell_sums)
         return torch.cat(outputs), torch.cat(sums, dim=1)
 
     def _cell(
-        self,
-        x_TBLD: Tensor,
-        amplitudes: Tensor,
-        mask: Tensor | None,
-        counted_BL: Tensor | None,
-        rotary: Rotary | None,
-        *carries: Tensor,
+        self, x_TBLD: Tensor, amplitudes: Tensor, layout: BatchLayout, *carries: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         by_site = dict(zip(MEMBRANES, carries, strict=False))  # the first cell has none
-        neurons = self._neurons(amplitudes, counted_BL, carries=by_site)
-        return self._run(x_TBLD, neurons, mask, rotary), neurons.stats().to(x_TBLD.device), list(by_site.values())
+        neurons = self._neurons(amplitudes, layout.counted_BL, carries=by_site)
+        return self._run(x_TBLD, neurons, layout), neurons.stats().to(x_TBLD.device), list(by_site.values())
 
 
 def block_sites(neuron: NeuronConfig) -> tuple[str, ...]:

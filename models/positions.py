@@ -4,7 +4,10 @@ A row may hold several documents one after another, as transformers' packed rows
 each, and a token at position 0 begins a new one. A document sees only itself, and so does padding.
 
 Legend: T spike timesteps, B batch, L tokens, D width, K width of a head; with a cache P cached tokens and S = P + L.
+N tokens of a batch that are no padding.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,61 @@ Rotary = tuple[Tensor, Tensor]
 
 PADDING = -1
 """The number of the document that padding stands in."""
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where the tokens of a batch stand among its padding, so that layers may have them alone, as one row of N."""
+
+    flat_N: Tensor
+    """Each token's number among the B * L places."""
+
+    num_rows: int
+    length: int
+
+    @classmethod
+    def of(cls, visible_BL: Tensor) -> "TokenPlaces | None":
+        """None where nothing is padding, or all of it, or nobody can say. Waits for the device: shapes follow."""
+        if visible_BL.device.type == "meta":
+            return None
+        flat_N = visible_BL.flatten().nonzero().squeeze(-1)
+        return None if len(flat_N) in (0, visible_BL.numel()) else cls(flat_N, *visible_BL.shape)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[..., B, L, D] -> [..., 1, N, D]."""
+        return x.flatten(-3, -2).index_select(-2, self.flat_N).unsqueeze(-3)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[..., 1, N, D] -> [..., B, L, D], with zeros for padding."""
+        *leading, _, _, D = x.shape
+        padded = x.new_zeros(*leading, self.num_rows * self.length, D)
+        return padded.index_copy(-2, self.flat_N, x.squeeze(-3)).unflatten(-2, (self.num_rows, self.length))
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """What layers have to know of a batch beside its hidden states."""
+
+    mask: Tensor | None = None
+    """For every timestep and row, [T * B, 1, 1 or L, L], or S columns with a cache, which then needs one: True where a
+    token may be attended to, or what is added to the scores."""
+
+    counted_BL: Tensor | None = None
+    """True where a token counts in the statistics; None: all do."""
+
+    rotary: Rotary | None = None
+    """By which queries and keys are rotated."""
+
+    places: TokenPlaces | None = None
+    """Where the tokens stand in the rows that the mask is for; hidden states then have all of them in one row."""
+
+    def of_timesteps(self, share: float) -> "BatchLayout":
+        """For a part of the timesteps, which are all alike."""
+        return self if self.mask is None else replace(self, mask=self.mask[: round(share * len(self.mask))])
+
+
+WHOLE_ROWS = BatchLayout()
+"""Of rows without padding, each a text of its own."""
 
 
 def sinusoids(num_positions: int, width: int) -> Tensor:

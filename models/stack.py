@@ -15,7 +15,7 @@ from .amplitudes import STATISTICS
 from .cache import SpikeCache
 from .config import SpikeLMConfig
 from .layers import AttentionSpec, MLPSpec, NormSpec, SpikeBlock, block_sites, build_norm
-from .positions import Rotary, causal_mask, place_tokens, rotary_angles
+from .positions import BatchLayout, TokenPlaces, causal_mask, place_tokens, rotary_angles
 from .spike_ops import Backend, resolve_backend
 
 
@@ -93,6 +93,10 @@ def expand_time(x_BLD: Tensor, num_timesteps: int) -> Tensor:
 def collapse_time(x_TBLD: Tensor) -> Tensor:
     """[T, B, L, D] -> [B, L, D]: the mean over timesteps."""
     return x_TBLD.mean(0)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def norm_spec(config: SpikeLMConfig) -> NormSpec:
@@ -192,6 +196,7 @@ class SpikeStack(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Runs T timesteps: returns the mean last hidden state [B, L, D] and the sums of SpikeStats [S, T, 5].
 
+        Encoders compute nothing for padding, whose hidden states are 0, unless their neurons count it.
         `observe` is shown the hidden states behind each layer, as their mean over timesteps [B, L, D].
         `position_ids_BL` are for decoders: what they rotate by, and how they tell the documents of a row apart.
         `cache` holds the tokens before these, and takes these up; attention_mask_BL then has columns for all of them.
@@ -199,34 +204,38 @@ class SpikeStack(nn.Module):
         running = self.running_amplitudes
         amplitudes = torch.full_like(running, float("nan")) if calibrate else self._calibrated(running)
         visible_BL = None if attention_mask_BL is None else attention_mask_BL.to(torch.bool)
-        mask, rotary = self._mask_and_rotary(x_BLD, visible_BL, position_ids_BL, cache)
-        uncounted = self.config.neuron.count_padding or visible_BL is None
-        counted_BL = None if uncounted else visible_BL[:, -x_BLD.shape[1] :]
-        x_TBLD = expand_time(x_BLD, self.config.num_timesteps)
+        layout = self._layout(x_BLD, visible_BL, position_ids_BL, cache)
+        pack, pad = (layout.places.pack, layout.places.pad) if layout.places else (_as_it_is, _as_it_is)
+        x_TBLD = expand_time(pack(x_BLD), self.config.num_timesteps)
         sums = []
         held = [None] * len(self.layers) if cache is None else cache.layers
         for layer, rows, past in zip(self.layers, self._rows(amplitudes), held, strict=True):
-            x_TBLD, layer_sums = layer(x_TBLD, rows, mask, counted_BL, calibrate, rotary, cache=past)
+            x_TBLD, layer_sums = layer(x_TBLD, rows, layout, calibrate, cache=past)
             sums.append(layer_sums.to(x_BLD.device))
             if observe:
-                observe(collapse_time(x_TBLD))
+                observe(pad(collapse_time(x_TBLD)))
         if calibrate:
             running.copy_(amplitudes)
             self.calibrated.fill_(True)
         none = torch.zeros(0, self.config.num_timesteps, len(STATISTICS), dtype=torch.float64, device=x_BLD.device)
-        return self.norm(collapse_time(x_TBLD)), torch.cat([none, *sums])
+        return pad(self.norm(collapse_time(x_TBLD))), torch.cat([none, *sums])
 
-    def _mask_and_rotary(
+    def _layout(
         self, x_BLD: Tensor, visible_BL: Tensor | None, position_ids_BL: Tensor | None, cache: SpikeCache | None
-    ) -> tuple[Tensor | None, Rotary | None]:
-        """As SpikeBlock takes them. Made once: every layer keeps its mask for the backward, all the same one."""
+    ) -> BatchLayout:
+        """What all layers are told. Made once: every layer keeps its mask for the backward, all the same one."""
         traits = self.config.traits
+        counted = visible_BL is not None and not self.config.neuron.count_padding
+        counted_BL = visible_BL[:, -x_BLD.shape[1] :] if counted else None
+        places = None
         if traits.causal:
             mask, position_ids_BL = self._place(x_BLD, visible_BL, position_ids_BL, cache)
         else:
             mask = None if visible_BL is None else visible_BL[:, None, None, :]
+            places = TokenPlaces.of(visible_BL) if counted and len(self.layers) else None
+        mask = None if mask is None else mask.repeat(self.config.num_timesteps, 1, 1, 1)
         rotary = rotary_angles(self.config, position_ids_BL) if traits.positions == "rotary" else None
-        return None if mask is None else mask.repeat(self.config.num_timesteps, 1, 1, 1), rotary
+        return BatchLayout(mask, None if places else counted_BL, rotary, places)
 
     def _place(
         self, x_BLD: Tensor, visible_BL: Tensor | None, position_ids_BL: Tensor | None, cache: SpikeCache | None

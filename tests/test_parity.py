@@ -14,6 +14,7 @@ from models.config import NeuronConfig, SpikeLMConfig
 from models.layers import SITES
 from models.modeling import SpikeLMForPreTraining, SpikeLMModel
 from models.neuron import run_neuron
+from models.positions import BatchLayout
 from models.warm_start import bert_names, load_bert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,7 +75,7 @@ def _run_layer(archive, model, calibrate):
     amplitudes = torch.full_like(model.stack.amplitudes, float("nan")) if calibrate else model.stack.amplitudes.clone()
     x = torch.tensor(archive["x"], requires_grad=True)
     mask = torch.tensor(archive["attention_mask"]).bool()[:, None, None, :].repeat(len(x), 1, 1, 1)
-    y, _ = model.stack.layers[0](x, amplitudes, mask, calibrate=calibrate)
+    y, _ = model.stack.layers[0](x, amplitudes, BatchLayout(mask), calibrate=calibrate)
     return x, y, amplitudes
 
 

@@ -51,8 +51,8 @@ VARIANTS = {
     "k=1.4 T=8": _elastic(1.4, "tracked", "normalized", 8),
     "k=1.5 T=1": _elastic(1.5, "tracked", "normalized", 1),
     "k=1.5 T=4": _elastic(1.5, "tracked", "normalized", 4),
-    "k=1.4 T=4, T=1 for 3/5": _elastic(1.4, "tracked", "normalized", 4, early=0.6),
-    "k=1.4 T=4, T=1 for 4/5": _elastic(1.4, "tracked", "normalized", 4, early=0.8),
+    "k=1.4 T=4 after 60 % at T=1": _elastic(1.4, "tracked", "normalized", 4, early=0.6),
+    "k=1.4 T=4 after 80 % at T=1": _elastic(1.4, "tracked", "normalized", 4, early=0.8),
     "k=1.4 T=1, 4 x tokens": _elastic(1.4, "tracked", "normalized", 1, length=4),
 }
 
