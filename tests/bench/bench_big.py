@@ -4,7 +4,7 @@
 
 Every process builds its share of the model under ZeRO-3, calibrates, and trains one step. The defaults have the real
 width of decoder-7b in two layers and want 20 GB of memory in all. On CPUs offloading moves nothing elsewhere: that it
-works is what is seen here.
+works is what is seen here. On a GPU, --device_gib is the most that a process may take of its memory.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from pipeline.config import (
     RunConfig,
     ScheduleSettings,
     TrainingSettings,
+    zero_stage,
 )
 from pipeline.engine import build_engine, partition_weights, seed_weights, start_world
 from pipeline.model import draw_weights
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"process, T={options.timesteps}, bf16 and AdamW's state in fp32, checkpointing {options.checkpointing}; "
         f"{machine()}"
     )
-    columns = ["ds_config", "processes", "peak of a process, GB: built", "engine", "step", "step's share", "step, s"]
+    peak = "peak of a process, GB: built"
+    columns = ["ds_config", "processes", peak, "engine", "step", "device", "step's share", "step, s"]
     print(format_table(columns, [row[:-1] for row in rows]))
 
 
@@ -60,14 +62,15 @@ def _measure_on_each(ds_config: str, options: argparse.Namespace) -> list[list[s
     rows, first = [], None
     for processes in options.processes:
         with tempfile.TemporaryDirectory() as folder:
-            shape = ("preset", "overrides", "tokens", "timesteps", "checkpointing")
+            shape = ("preset", "overrides", "tokens", "timesteps", "checkpointing", "device_gib")
             given = [text for name in shape for text in (f"--{name}", str(getattr(options, name)))]
             case = ["--ds_configs", ds_config, "--folder", folder, *given]
             launch("tests/bench/bench_big.py", *case, processes=processes, timeout=3600, **RETURN_AT_ONCE)
             ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
         peaks = [max(rank[stage] for rank in ranks) for stage in ("built", "engine", "step")]
         first = first or peaks[-1]
-        gigabytes = [f"{peak / 1e9:.2f}" for peak in peaks]
+        on_device = max(rank["device"] for rank in ranks)
+        gigabytes = [f"{peak / 1e9:.2f}" for peak in peaks] + [f"{on_device / 1e9:.2f}" if on_device else "-"]
         share, seconds = f"{peaks[-1] / first:.2f}", f"{ranks[0]['seconds']:.0f}"
         rows.append([ds_config, str(processes), *gigabytes, share, seconds, f"{ranks[0]['parameters']:,}"])
     return rows
@@ -76,6 +79,9 @@ def _measure_on_each(ds_config: str, options: argparse.Namespace) -> list[list[s
 def measure(options: argparse.Namespace) -> None:
     """One rank's peaks over what it holds before it builds, in bytes, as a file in `folder`."""
     world = start_world(timeout_minutes=60)
+    if options.device_gib:
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.device_gib * 2**30 / total)
     config = _run_config(options, world)
     torch.arange(4.0).bfloat16().softmax(0)  # loads what torch loads late
     before, figures = memory("VmRSS"), {}
@@ -86,13 +92,15 @@ def measure(options: argparse.Namespace) -> None:
         )
     figures["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     seed_weights(0)
-    draw_weights(model, partial(partition_weights, config=config, world=world))
+    partitioned = zero_stage(config) == 3
+    draw_weights(model, partial(partition_weights, config=config, world=world) if partitioned else None)
     spiking_stack(model).set_checkpointing(options.checkpointing)
     figures["built"] = memory("VmHWM") - before
     engine = build_engine(model, config, world, Path("unused"))
     figures["engine"] = memory("VmHWM") - before
 
     ids = torch.randint(5, model.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(world.device)
     calibrate_amplitudes(engine, {"input_ids": ids})
     start = time.perf_counter()
     loss = engine(input_ids=ids, labels=ids).loss
@@ -100,7 +108,8 @@ def measure(options: argparse.Namespace) -> None:
     engine.step()
     if not loss.isfinite() or not engine.was_step_applied():
         raise RuntimeError(f"the step was not taken: its loss is {float(loss)}")
-    figures |= {"step": memory("VmHWM") - before, "seconds": time.perf_counter() - start}
+    on_device = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
+    figures |= {"step": memory("VmHWM") - before, "seconds": time.perf_counter() - start, "device": on_device}
     (Path(options.folder) / f"rank{world.rank}.json").write_text(json.dumps(figures))
     leave_world()
 
@@ -128,6 +137,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=("none", "layer", "timestep"), default="layer")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--ds_configs", nargs="+", default=["ds_configs/zero3.json", "ds_configs/zero3_offload.json"])
+    parser.add_argument(
+        "--device_gib", type=float, default=0.0, help="most GiB of a GPU that a process may take; 0: all"
+    )
     parser.add_argument("--folder", help="measure one case in this process, under the launcher, and write it there")
     parser.add_argument("--local_rank", help="the launcher's")
     return parser.parse_args(arguments)

@@ -2,8 +2,11 @@
 
     python -m tests.bench.bench_step --layers 2 --rows 2      (a quick try; on a GPU: --rows 64 --precision bf16)
 
-Forward, backward and AdamW of a masked language model; 15 % of the positions count, all rows are full. Memory is what a
-step has at its peak, over the weights and states of all models.
+Forward, backward and AdamW of a masked language model; 15 % of the positions count. Tokens are those that are no
+padding. Memory is what a step has at its peak, over the weights and states of all models. MFU is the share of the
+device's peak (--peak-tflops) that the products of those tokens make up, over T timesteps where they are spiking.
+
+Legend: B batch, L tokens, D width, V vocabulary, T spike timesteps.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from tests.bench.tables import format_table, machine, median_and_spread, ratio_a
 
 MASKED = 0.15
 LOGITS_AT_ONCE = EngineSettings().logits_at_once
-BASE = "BERT, T times the batch"
+BASE, SAME = "BERT, T times the batch", "BERT, same batch"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,27 +40,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    steps = build_steps(config, options.rows, options.tokens, device, dtype)
+    batch = _batch(config.vocab_size, options, device)
+    steps = build_steps(config, batch, device, dtype)
     taken = seconds(steps, options.rounds, device)
-    tokens = {name: options.rows * options.tokens * (options.timesteps if name == BASE else 1) for name in steps}
+    tokens = int(batch["attention_mask"].sum())
+    work = operations(config, tokens, options.tokens)
     rows = []
     for name, values in taken.items():
+        median, times = statistics.median(values), options.timesteps if name == BASE else 1
         figures = [median_and_spread(values), ratio_and_spread(values, taken[BASE])]
-        figures += [f"{tokens[name] / statistics.median(values):,.0f}", _peak(steps[name], device)]
-        rows.append([name, *figures])
+        figures += [f"{times * tokens / median:,.0f}", _peak(steps[name], device)]
+        passes = 1 if name == SAME else options.timesteps
+        share = passes * work / median / (options.peak_tflops * 1e12) if options.peak_tflops else None
+        rows.append([name, *figures, "-" if share is None else f"{share:.0%}"])
     setting = f"{options.preset} layers={options.layers} B={options.rows} L={options.tokens} T={options.timesteps}"
+    setting += f" padding={options.padding:g}" if options.padding else ""
     unit = "CPU-s" if device.type == "cpu" else "s"
     print(f"A training step, {setting}, {options.precision}; {options.rounds} alternations; {machine(device)}")
-    print(format_table(["model", f"{unit}, median (range)", "by T x BERT", f"tokens/{unit}", "over states, GB"], rows))
+    columns = ["model", f"{unit}, median (range)", "by T x BERT", f"tokens/{unit}", "over states, GB", "MFU"]
+    print(format_table(columns, rows))
     if options.record:
         record("step", f"{setting} {options.precision}", unit, taken, device)
 
 
+def operations(config: SpikeLMConfig, tokens: int, length: int) -> float:
+    """Of the products that a step makes of so many tokens in rows of `length`, over one timestep: 2 for the forward.
+
+    The head, which sees the mean over timesteps, is left out.
+    """
+    D, F = config.hidden_size, config.intermediate_size
+    return 6 * tokens * config.num_hidden_layers * (4 * D * D + 2 * D * F + 2 * length * D)
+
+
 def build_steps(
-    config: SpikeLMConfig, rows: int, tokens: int, device: torch.device, dtype: torch.dtype
+    config: SpikeLMConfig, batch: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], None]]:
     """A training step of each model, by name."""
-    batch = _batch(config.vocab_size, rows, tokens, device)
     many = {name: tensor.repeat(config.num_timesteps, 1) for name, tensor in batch.items()}
     spiking = SpikeLMForMaskedLM(config).to(device, dtype)
     calibrate_amplitudes(spiking, batch)
@@ -73,7 +91,7 @@ def build_steps(
         "spiking": _step(spiking, batch),
         "spiking, hidden recomputed": _step(lean, batch),
         BASE: _step(bert, many),
-        "BERT, same batch": _step(bert, batch),
+        SAME: _step(bert, batch),
     }
 
 
@@ -91,10 +109,13 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], None]:
     return step
 
 
-def _batch(vocab_size: int, rows: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
-    ids = torch.randint(5, vocab_size, (rows, tokens), device=device)
-    counted = torch.rand(ids.shape, device=device) < MASKED
-    return {"input_ids": ids, "labels": ids.where(counted, -100), "attention_mask": torch.ones_like(ids)}
+def _batch(vocab_size: int, options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
+    """Rows from full to empty enough that, in the mean, the share `padding` of them is padding."""
+    ids = torch.randint(5, vocab_size, (options.rows, options.tokens), device=device)
+    lengths = torch.linspace(1, max(0.0, 1 - 2 * options.padding), options.rows) * options.tokens
+    visible = torch.arange(options.tokens, device=device) < lengths.round().to(device)[:, None]
+    counted = (torch.rand(ids.shape, device=device) < MASKED) & visible
+    return {"input_ids": ids, "labels": ids.where(counted, -100), "attention_mask": visible.long()}
 
 
 def _peak(step: Callable[[], None], device: torch.device) -> str:
@@ -113,6 +134,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="rows in the batch, B")
     parser.add_argument("--tokens", type=int, default=128, help="tokens in a row, L")
     parser.add_argument("--timesteps", type=int, default=4, help="spike timesteps, T")
+    parser.add_argument("--padding", type=float, default=0.0, help="share of the positions that are padding, up to 0.5")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in this precision, for the MFU")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=5, help="alternations of all variants")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
