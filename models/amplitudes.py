@@ -217,7 +217,7 @@ def calibrate_amplitudes(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
-    if not stack.running_amplitudes.isfinite().all():
+    if not stack.amplitudes.isfinite().all():
         stack.calibrated.fill_(False)
         raise ValueError(
             "calibration gave amplitudes that are not finite: "
@@ -235,32 +235,29 @@ def update_amplitudes(model: nn.Module, stats: SpikeStats) -> SpikeStats:
     total = stats.all_reduced()
     config: NeuronConfig = stack.config.neuron
     if config.kind == "elastic" and config.amplitude == "tracked":
-        alpha = stack.running_amplitudes.double()
+        alpha = stack.amplitudes.double()
         target = config.frequency * total.mean_membrane
         moved = alpha + (1 - config.momentum) * (target - alpha)
-        stack.running_amplitudes.copy_(torch.where(total.sums[..., 1] > 0, moved, alpha))
+        stack.amplitudes.copy_(torch.where(total.sums[..., 1] > 0, moved, alpha))
     return total
 
 
-def run_timesteps(model: nn.Module, num_timesteps: int) -> None:
-    """Let a model of ours run over the first `num_timesteps` of the timesteps that it was built with.
+def keep_timesteps(model: nn.Module, num_timesteps: int) -> None:
+    """Let a model of ours run over its first `num_timesteps` timesteps only, with the amplitudes that these have.
 
-    The table keeps the rows of the others. Where some of those that now run have none yet, the model is no longer
-    calibrated. Raises ValueError for no timestep, and for more than the model was built with.
+    Raises ValueError for none, and for more than there are: those would need amplitudes, and so a calibration.
     """
     stack = spiking_stack(model)
-    available = stack.amplitudes.shape[1]
-    if not 1 <= num_timesteps <= available:
+    neuron = stack.config.neuron
+    if not 1 <= num_timesteps <= neuron.num_timesteps:
         raise ValueError(
-            f"num_timesteps is {num_timesteps}, but the model has amplitudes for {available}: use 1 to {available}, or "
-            "build a model with more and calibrate it"
+            f"num_timesteps is {num_timesteps}, but the model has amplitudes for {neuron.num_timesteps}: use 1 to "
+            f"{neuron.num_timesteps}, or build a model with more and calibrate it"
         )
-    if num_timesteps == stack.config.num_timesteps:
-        return
-    stack.config.neuron = replace(stack.config.neuron, num_timesteps=num_timesteps)
+    stack.config.neuron = replace(neuron, num_timesteps=num_timesteps)
     for layer in stack.layers:
         layer.neuron = stack.config.neuron
-    stack.calibrated.copy_(stack.running_amplitudes.isfinite().all())
+    stack.amplitudes = stack.amplitudes[:, :num_timesteps].clone()
 
 
 def spiking_stack(model: nn.Module) -> nn.Module:

@@ -143,11 +143,6 @@ class SpikeStack(nn.Module):
         self._checked: tuple[int, int] | None = None
         self.reset_amplitudes()
 
-    @property
-    def running_amplitudes(self) -> Tensor:
-        """The rows of the timesteps that run (models.amplitudes.run_timesteps), [S, T]: a view of the table."""
-        return self.amplitudes[:, : self.config.num_timesteps]
-
     def reset_amplitudes(self) -> None:
         """Forget the amplitudes: the model must be calibrated before its next use."""
         nn.init.constant_(self.amplitudes, float("nan"))
@@ -201,8 +196,7 @@ class SpikeStack(nn.Module):
         `position_ids_BL` are for decoders: what they rotate by, and how they tell the documents of a row apart.
         `cache` holds the tokens before these, and takes these up; attention_mask_BL then has columns for all of them.
         """
-        running = self.running_amplitudes
-        amplitudes = torch.full_like(running, float("nan")) if calibrate else self._calibrated(running)
+        amplitudes = torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes()
         visible_BL = None if attention_mask_BL is None else attention_mask_BL.to(torch.bool)
         layout = self._layout(x_BLD, visible_BL, position_ids_BL, cache)
         pack, pad = (layout.places.pack, layout.places.pad) if layout.places else (_as_it_is, _as_it_is)
@@ -215,7 +209,7 @@ class SpikeStack(nn.Module):
             if observe:
                 observe(pad(collapse_time(x_TBLD)))
         if calibrate:
-            running.copy_(amplitudes)
+            self.amplitudes.copy_(amplitudes)
             self.calibrated.fill_(True)
         none = torch.zeros(0, self.config.num_timesteps, len(STATISTICS), dtype=torch.float64, device=x_BLD.device)
         return pad(self.norm(collapse_time(x_TBLD))), torch.cat([none, *sums])
@@ -254,7 +248,7 @@ class SpikeStack(nn.Module):
     def _rows(self, amplitudes: Tensor) -> list[Tensor]:
         return list(amplitudes.view(len(self.layers), -1, self.config.num_timesteps)) if len(self.layers) else []
 
-    def _calibrated(self, amplitudes: Tensor) -> Tensor:
+    def _calibrated_amplitudes(self) -> Tensor:
         # Reading the flag waits for the device, so it is read again only after the buffer has changed.
         # A tensor made in inference mode keeps no version.
         version = None if self.calibrated.is_inference() else (id(self.calibrated), self.calibrated._version)
@@ -265,7 +259,7 @@ class SpikeStack(nn.Module):
                     "models.amplitudes.calibrate_amplitudes(model, batch) once, or load a trained checkpoint"
                 )
             self._checked = version
-        return amplitudes
+        return self.amplitudes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpikeStack":
         before: dict[str, Any] = dict(self._buffers)

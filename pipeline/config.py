@@ -159,12 +159,6 @@ class TrainingSettings:
     stop_after_step: PositiveInt | None = None
     """Stop early, with a checkpoint, after this step, to be resumed later; null: do not."""
 
-    early_steps: NonNegativeInt = 0
-    """Steps at the beginning that run training.early_timesteps only, which is cheaper; 0: all run all timesteps."""
-
-    early_timesteps: PositiveInt = 1
-    """Spike timesteps of training.early_steps: the first ones of model.neuron.num_timesteps."""
-
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -300,12 +294,6 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)
     ]
-
-
-def timesteps_at(config: RunConfig, step: int) -> int:
-    """Spike timesteps of the optimizer step behind `step` steps."""
-    training = config.training
-    return training.early_timesteps if step < training.early_steps else config.model.neuron.num_timesteps
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_prep.files import write_json
 from data_prep.recipes import run_command
 from data_prep.shards import ShardReader
-from models.amplitudes import run_timesteps, spiking_stack
+from models.amplitudes import keep_timesteps, spiking_stack
 from pipeline.config import ObjectiveSettings, RunConfig
 from pipeline.documents import HELDOUT, heldout_documents, open_shards, text_documents
 from pipeline.evaluation import (
@@ -38,7 +38,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """The measures that the command prints; a description of model and data comes first."""
     model, tokenizer, run = open_model(options.model, options.shards)
     if options.num_timesteps is not None:
-        run_timesteps(model, options.num_timesteps)
+        keep_timesteps(model, options.num_timesteps)
     model.to(usable_device(options.device))
     if options.shards and options.text:
         raise ValueError("--shards and --text: give one of them to measure on")

@@ -133,17 +133,8 @@ def pass_bytes(config: RunConfig, data: Data, device: DeviceKind) -> PassBytes:
     return _traced(changed(config, "model", overrides=overrides), data, device).with_layers(layers - traced)
 
 
-def run_operations(config: RunConfig, data: Data) -> float:
-    """The operations of all optimizer steps, those of training.early_steps with the timesteps that they run."""
-    training = config.training
-    neuron = replace(config.model.neuron, num_timesteps=training.early_timesteps)
-    early = changed(config, "model", neuron=neuron) if training.early_steps else config
-    late_steps = training.total_steps - training.early_steps
-    return training.early_steps * step_work(early, data).total + late_steps * step_work(config, data).total
-
-
 def step_work(config: RunConfig, data: Data) -> Work:
-    """The operations of one optimizer step that runs all timesteps.
+    """The operations of one optimizer step.
 
     A product of matrices costs 2 for each weight and token in the forward and 4 in the backward; the layers' weights
     see T timesteps. Scores and their use cost 4 L D a token, timestep and layer, whatever the mask hides.

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from data_prep.files import atomic_file
 from data_prep.recipes import run_command
-from models.amplitudes import SpikeStats, run_timesteps, spiking_stack
+from models.amplitudes import SpikeStats, keep_timesteps, spiking_stack
 from models.modeling import SpikeLMForCausalLM
 from models.outputs import SpikeLMCausalLMOutput
 from pipeline.model_folder import DTYPES, read_model_folder
@@ -121,7 +121,7 @@ def open_decoder(
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     if num_timesteps is not None:
-        run_timesteps(model, num_timesteps)
+        keep_timesteps(model, num_timesteps)
     return model.to(usable_device(device)).eval(), tokenizer
 
 

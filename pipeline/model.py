@@ -1,7 +1,6 @@
 """The model that a recipe describes: untrained, as its training starts, or as one of its checkpoints has it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +23,11 @@ from models.modeling import (
 )
 from models.warm_start import CheckpointTensors, llama_differences, load_bert, load_llama
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
-from pipeline.config import EngineSettings, RunConfig, is_decoder, timesteps_at, zero_stage
+from pipeline.config import EngineSettings, RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_tokenizer
 from pipeline.engine import partition_weights
 from pipeline.model_folder import read_model_folder
 from pipeline.world import World
-
-AMPLITUDES = "model.stack.amplitudes"
 
 
 def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeLMPreTrainedModel, list[str]]:
@@ -133,17 +130,11 @@ def _refuse_misfit(config: SpikeLMConfig, corpus: Corpus) -> None:
 def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> SpikeLMPreTrainedModel:
     """The recipe's model with the fp32 weights and the amplitudes of its checkpoint, ready for use.
 
-    It has the timesteps that the checkpoint's last step ran: all, but for training.early_steps.
     Raises CheckpointError where the checkpoint is of another model.
     """
-    num_timesteps = timesteps_at(config, max(read_state(checkpoint).step - 1, 0))
-    neuron = replace(config.model.neuron, num_timesteps=num_timesteps)
-    model = _untrained(replace(config, model=replace(config.model, neuron=neuron)), tokenizer)
-    weights = read_weights(checkpoint)
-    if AMPLITUDES in weights:
-        weights[AMPLITUDES] = weights[AMPLITUDES][:, :num_timesteps]
+    model = _untrained(config, tokenizer)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(read_weights(checkpoint))
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint} does not fit the model of its recipe: {error}") from error
     return model.eval()

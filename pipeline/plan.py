@@ -25,7 +25,6 @@ from pipeline.footprint import (
     empty_model,
     footprint,
     pass_bytes,
-    run_operations,
     step_work,
 )
 from pipeline.tracing import PassBytes
@@ -307,8 +306,7 @@ def _describe_activations(config: RunConfig, data: Data, cluster: Cluster) -> st
 def _describe_work(config: RunConfig, data: Data, cluster: Cluster, flops_per_second: float) -> str:
     work, steps = step_work(config, data), config.training.total_steps
     tokens = steps * config.training.global_batch_size * data.sample_length
-    operations = run_operations(config, data)
-    days = operations / (cluster.size * flops_per_second) / DAY
+    days = work.total * steps / (cluster.size * flops_per_second) / DAY
     shares = {
         "layers": work.layers,
         "attention": work.attention,
@@ -317,7 +315,7 @@ def _describe_work(config: RunConfig, data: Data, cluster: Cluster, flops_per_se
     }
     parts = ", ".join(f"{name} {share / work.total:.0%}" for name, share in shares.items() if share)
     return (
-        f"{_count(tokens)} tokens in {steps:,} steps: {operations:.3g} operations ({parts}),\n{days:.3g} days "
+        f"{_count(tokens)} tokens in {steps:,} steps: {work.total * steps:.3g} operations ({parts}),\n{days:.3g} days "
         f"({24 * days:.3g} hours) at {flops_per_second / 1e12:.3g} TFLOP/s on each of {cluster.size} device(s)"
     )
 

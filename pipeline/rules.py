@@ -206,23 +206,6 @@ def _stop_faults(stop_after_step: int | None, total_steps: int) -> Iterator[str]
         )
 
 
-def _early_faults(early_steps: int, early_timesteps: int, total_steps: int, num_timesteps: int) -> Iterator[str]:
-    if not early_steps:
-        if early_timesteps != 1:
-            yield f"training.early_timesteps: {early_timesteps} has no effect without training.early_steps: set those"
-        return
-    if early_steps >= total_steps:
-        yield (
-            f"training.early_steps: {early_steps} leaves no step of training.total_steps {total_steps} that runs all "
-            "timesteps: use fewer, or set model.neuron.num_timesteps instead"
-        )
-    if early_timesteps >= num_timesteps:
-        yield (
-            f"training.early_timesteps: {early_timesteps} is not less than the model's {num_timesteps}: set "
-            "training.early_steps to 0, or model.neuron.num_timesteps higher"
-        )
-
-
 def _nearest(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
@@ -242,14 +225,5 @@ RULES = (
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
     Rule(("schedule.warmup_steps", "training.total_steps"), _schedule_faults),
     Rule(("training.stop_after_step", "training.total_steps"), _stop_faults),
-    Rule(
-        (
-            "training.early_steps",
-            "training.early_timesteps",
-            "training.total_steps",
-            "model.neuron.num_timesteps",
-        ),
-        _early_faults,
-    ),
 )
 """Everything about a run that one field's type cannot say."""

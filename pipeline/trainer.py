@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.amplitudes import SpikeStats, calibrate_amplitudes, run_timesteps, spiking_stack, update_amplitudes
+from models.amplitudes import SpikeStats, calibrate_amplitudes, spiking_stack, update_amplitudes
 from pipeline.checkpoint import Checkpointer, TrainState
-from pipeline.config import RunConfig, accumulation_steps, timesteps_at
+from pipeline.config import RunConfig, accumulation_steps
 from pipeline.corpus import Corpus
 from pipeline.ending import NonFiniteError
 from pipeline.engine import DeepSpeedEngine
@@ -21,7 +21,7 @@ from pipeline.stopping import StopRequest
 from pipeline.world import World
 
 CALIBRATION_ROWS = 256
-"""At most so many rows of a global batch, a micro-batch of each rank, calibrate timesteps without amplitudes."""
+"""At most so many rows of the first global batch, a micro-batch of each rank, calibrate a fresh model."""
 
 
 @dataclass
@@ -79,7 +79,6 @@ class Trainer:
             with self.throughput.paused():
                 self._start()
         for batch in self.corpus.train_batches(self.state.samples_consumed, last - self.state.step):
-            self._run_timesteps(batch)
             result = self.train_step(batch)
             self.state = self.state.after_step(self.config.training.global_batch_size)
             step = self.state.step
@@ -87,7 +86,7 @@ class Trainer:
             self.throughput.add(self.config.training.global_batch_size * batch.tensors["input_ids"].shape[1])
             if self._due(self.config.logging.every, last):
                 self.metrics.log_step(step, self._step_values(result))
-                self.metrics.log_health(step, self.health.warnings(step, result.stats, self.stack.running_amplitudes))
+                self.metrics.log_health(step, self.health.warnings(step, result.stats, self.stack.amplitudes))
             stopped = step < last and self._is_stopped()
             with self.throughput.paused():
                 if stopped:  # first of all: there may not be time for more
@@ -138,17 +137,13 @@ class Trainer:
         return values | firing_values(self.stack, tally.stats)
 
     def _start(self) -> None:
-        """Before the first step: the losses of the untrained model."""
-        self._run_timesteps(next(self.corpus.train_batches(0, 1)))
-        self.metrics.log_evaluation(0, self.evaluate())
-
-    def _run_timesteps(self, batch: Batch) -> None:
-        """Let as many timesteps run as the next step needs, calibrated on its batch where some have no amplitudes."""
-        run_timesteps(self.engine.module, timesteps_at(self.config, self.state.step))
+        """Before the first step: amplitudes of a model that has none, and the losses of the untrained model."""
         if not self.stack.calibrated:
+            first = next(self.corpus.train_batches(0, 1)).tensors
             rows = max(1, min(CALIBRATION_ROWS // self.world.size, self.config.training.micro_batch_size))
-            inputs = self._on_device({name: tensor[:rows] for name, tensor in batch.tensors.items()})
+            inputs = self._on_device({name: tensor[:rows] for name, tensor in first.items()})
             calibrate_amplitudes(self.engine, inputs)
+        self.metrics.log_evaluation(0, self.evaluate())
 
     def _last_step(self) -> int:
         training = self.config.training

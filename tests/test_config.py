@@ -219,12 +219,6 @@ FAULTS = [
     ),
     (["--engine.spike_backend", "cuda"], "engine.spike_backend: 'cuda' should be 'auto', 'torch', 'cpp' or 'triton'"),
     (["--training.stop_after_step", "11"], "training.stop_after_step: 11 comes after"),
-    (["--training.early_timesteps", "2"], "training.early_timesteps: 2 has no effect without training.early_steps"),
-    (["--training.early_steps", "10"], "training.early_steps: 10 leaves no step of training.total_steps 10"),
-    (
-        ["--training.early_steps", "5", "--training.early_timesteps", "4"],
-        "training.early_timesteps: 4 is not less than the model's 4",
-    ),
     (["--resume", "nowhere"], "resume: 'nowhere' is neither auto nor never"),
     (["--resume", ""], "resume: '' is neither auto nor never"),
     (["--name", ".."], "name: '..' cannot name a folder"),

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, linear, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from models.amplitudes import BlockNeurons, SpikeStats, run_timesteps, update_amplitudes
+from models.amplitudes import BlockNeurons, SpikeStats, keep_timesteps, update_amplitudes
 from models.auto import save_with_code
 from models.config import PRESETS, SpikeLMConfig, preset
 from models.layers import SITES
@@ -407,7 +407,7 @@ def test_checkpointing_changes_nothing_but_memory(kind):
 def test_the_first_timesteps_alone_are_a_model_of_fewer(kind):
     whole, ids = ready_decoder({"kind": kind}), token_ids()
     fewer = ready_decoder({"kind": kind, "num_timesteps": 3})  # calibrated on the same text: equal as far as it goes
-    run_timesteps(whole, 3)
+    keep_timesteps(whole, 3)
     ours, theirs = whole(ids, use_cache=True), fewer(ids, use_cache=True)
     assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.spike_stats, theirs.spike_stats)
     ours, theirs = (

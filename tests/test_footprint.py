@@ -21,7 +21,6 @@ from pipeline.footprint import (
     held_states,
     pass_bytes,
     recomputed_forwards,
-    run_operations,
     step_work,
 )
 from pipeline.model import draw_weights
@@ -190,15 +189,6 @@ def test_what_is_recomputed_of_the_mlp_is_work(small):
     products = 2 * rows * DATA.sample_length * T * sum(layer.mlp.up.weight.numel() for layer in layers)
     assert again.recomputed - plain.recomputed == products > 0
     assert again.layers == plain.layers
-
-
-def test_early_steps_cost_what_their_timesteps_cost(small):
-    config = small(neuron={"num_timesteps": 4})
-    total = config.training.total_steps
-    few = step_work(small(neuron={"num_timesteps": 2}), DATA).total
-    assert run_operations(config, DATA) == total * step_work(config, DATA).total
-    early = changed(config, "training", early_steps=total - 1, early_timesteps=2)
-    assert run_operations(early, DATA) == (total - 1) * few + step_work(config, DATA).total
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

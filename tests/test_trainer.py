@@ -90,9 +90,8 @@ class Recorder:
 
 def make_trainer(kind="none", accumulation=1, module=None, **training):
     config = reference.config(accumulation=accumulation, world_size=1)
+    config = replace(config, training=replace(config.training, **training))
     module = reference.model(kind) if module is None else module
-    model = replace(config.model, neuron=module.config.neuron)
-    config = replace(config, model=model, training=replace(config.training, **training))
     recorder = Recorder()
     state = TrainState(0, 0, world_size=1, zero_stage=2, data={})
     engine = PlainEngine(module, accumulation)
@@ -227,28 +226,6 @@ def test_a_fresh_model_is_calibrated_and_a_calibrated_one_is_not():
     trainer, _ = make_trainer(module=kept)
     trainer._start()
     assert (spiking_stack(kept).amplitudes == 0.5).all()
-
-
-def test_early_steps_run_fewer_timesteps_and_the_others_begin_calibrated():
-    module = reference.model("elastic")
-    spiking_stack(module).reset_amplitudes()
-    trainer, recorder = make_trainer(module=module, total_steps=4, early_steps=2)
-    tables, stats = [], []
-    train_step = trainer.train_step
-
-    def watched(batch):
-        tables.append(trainer.stack.amplitudes.clone())
-        result = train_step(batch)
-        stats.append(result.stats)
-        return result
-
-    trainer.train_step = watched
-    trainer.run()
-    assert [each.sums.shape[1] for each in stats] == [1, 1, 4, 4]
-    assert tables[1][:, 0].isfinite().all() and tables[1][:, 1:].isnan().all()
-    # Of the batch and the weights that the third step has itself.
-    fitting = trainer.stack.config.neuron.frequency * stats[2].mean_membrane
-    torch.testing.assert_close(tables[2].double(), fitting, rtol=1e-5, atol=0)
 
 
 def test_a_request_to_stop_is_followed_after_the_step_with_a_checkpoint():

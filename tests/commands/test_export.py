@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from transformers import pipeline
 from data_prep.files import hash_file
 from data_prep.recipes import settings_from_dict
 from data_prep.tokenization import load_tokenizer
-from models.amplitudes import run_timesteps
 from models.auto import save_with_code
 from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForPreTraining
 from pipeline import model_folder
@@ -26,7 +24,6 @@ from pipeline.config import RunConfig
 from pipeline.corpus import open_corpus
 from pipeline.export import main
 from pipeline.metrics import read_metrics
-from pipeline.model import open_data, trained_model
 from pipeline.model_folder import ExportError, probe_batch, prove
 from pipeline.objectives import count_targets, loss_sums
 from tests.distributed.runs import STEPS
@@ -253,20 +250,6 @@ def test_a_model_with_another_neuron_and_without_sentence_pairs_is_proved(neuron
         model.mlm_head.norm.bias[3] += 1e-3
     with pytest.raises(ExportError, match="computes other logits than"):
         prove(model, tmp_path)
-
-
-def test_a_checkpoint_of_early_steps_is_a_model_of_their_timesteps(runs, monkeypatch):
-    checkpoint = resolve_checkpoint(runs / "whole-decoder")
-    state = read_state(checkpoint)
-    config = settings_from_dict(RunConfig, state.recipe)
-    _, tokenizer = open_data(Path(config.data.shards), state)
-    whole, ids = trained_model(config, tokenizer, checkpoint), torch.randint(5, 90, (2, 12))
-    run_timesteps(whole, 1)
-    monkeypatch.setattr("pipeline.model.read_state", lambda _: replace(state, step=config.training.early_steps))
-    early = trained_model(config, tokenizer, checkpoint)
-    assert early.config.num_timesteps == 1 and early.model.stack.amplitudes.shape[1] == 1
-    with torch.no_grad():
-        assert torch.equal(early(ids).logits, whole(ids).logits)
 
 
 def test_moved_shards_are_named_and_others_refused(runs, tiny_shards, tmp_path, capsys):

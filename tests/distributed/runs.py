@@ -17,7 +17,7 @@ RESUMED = {
 }
 """Objectives, stages and precisions with a run that was stopped and resumed, resumed-<name>, beside whole-<name>."""
 
-DECODER = ("--model.preset", "decoder-tiny", "--data.sample_length", "32", "--training.early_steps", str(STEPS // 2))
+DECODER = ("--model.preset", "decoder-tiny", "--data.sample_length", "32")
 
 
 def run_arguments(shards, runs, name, stage, precision, *more):

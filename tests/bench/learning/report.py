@@ -77,18 +77,12 @@ def describe(runs: Runs, times: Mapping[str, Any]) -> str:
                 _spread([result.spikes_per_token for result in spiking], 0),
                 f"{results[0].tokens / 1e6:.2f}",
                 f"{results[0].operations / 1e12:.1f}",
-                _time(name, relative),
+                f"{relative[results[0].overrides]:.2f}" if results[0].overrides in relative else "-",
             ]
         )
     lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *rows]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
     return f"{text}\nCPU time: {times['machine']}.\n" if times else text
-
-
-def _time(variant: str, relative: Mapping[str, float]) -> str:
-    """Of a step; "-" where it was not measured, or steps are not alike."""
-    row = VARIANTS[variant]
-    return "-" if row.early or row.overrides not in relative else f"{relative[row.overrides]:.2f}"
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from data_prep.manifest import Manifest
 from pipeline.config import RunConfig, load_run_config
-from pipeline.footprint import Data, run_operations
+from pipeline.footprint import Data, step_work
 from pipeline.report import load_run
 from tests.bench.learning.variants import VARIANTS
 from tests.launcher import ROOT
@@ -36,7 +36,7 @@ class Result:
     """Trained on."""
 
     operations: float
-    """Floating-point operations of the training (pipeline.footprint.run_operations)."""
+    """Floating-point operations of the training (pipeline.footprint.step_work)."""
 
     loss: float
     """At the end, of held-out rows, in nats per target."""
@@ -70,7 +70,7 @@ def measure(recipe: str, variant: str, seed: int, command: str, commit: str, fol
         torch=torch.__version__,
         rows=rows_of(config),
         tokens=training.total_steps * training.global_batch_size * data.sample_length,
-        operations=run_operations(config, data),
+        operations=step_work(config, data).total * training.total_steps,
         loss=last[run.loss],
         unigram_entropy=last["unigram_entropy"],
         firing_rate=last.get("firing_rate"),

@@ -13,14 +13,10 @@ NOTHING, EVERYTHING = "no layers", "twin"
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: overrides of a recipe, and what depends on how many steps the recipe has."""
+    """A row of the table: overrides of a recipe, all that it depends on, and how many times its steps are trained."""
 
     overrides: str
     length: int = 1
-    """Times the recipe's steps."""
-
-    early: float = 0.0
-    """Share of the steps that run a single timestep, at the beginning."""
 
 
 _ELASTIC = (
@@ -29,8 +25,8 @@ _ELASTIC = (
 )
 
 
-def _elastic(k: float, amplitude: str, reset: str, T: int, length: int = 1, early: float = 0.0) -> Variant:
-    return Variant(_ELASTIC.format(k=k, amplitude=amplitude, reset=reset, T=T), length, early)
+def _elastic(k: float, amplitude: str, reset: str, T: int, length: int = 1) -> Variant:
+    return Variant(_ELASTIC.format(k=k, amplitude=amplitude, reset=reset, T=T), length)
 
 
 # Padding counts nowhere, so that all firing rates are of the same tokens.
@@ -51,22 +47,17 @@ VARIANTS = {
     "k=1.4 T=8": _elastic(1.4, "tracked", "normalized", 8),
     "k=1.5 T=1": _elastic(1.5, "tracked", "normalized", 1),
     "k=1.5 T=4": _elastic(1.5, "tracked", "normalized", 4),
-    "k=1.4 T=4 after 60 % at T=1": _elastic(1.4, "tracked", "normalized", 4, early=0.6),
-    "k=1.4 T=4 after 80 % at T=1": _elastic(1.4, "tracked", "normalized", 4, early=0.8),
     "k=1.4 T=1, 4 x tokens": _elastic(1.4, "tracked", "normalized", 1, length=4),
 }
 
 
 def command_line(recipe: str, variant: str, *more: str) -> list[str]:
     """What pipeline/pretrain.py is called with for a row of a recipe's table."""
-    row = VARIANTS[variant]
-    words = ["--recipe", RECIPES[recipe], *row.overrides.split(), *more]
-    base = load_run_config(words)
-    if row.length > 1:
-        words += ["--training.total_steps", str(row.length * base.training.total_steps)]
-        words += ["--schedule.warmup_steps", str(row.length * base.schedule.warmup_steps)]
-    if row.early:
-        words += ["--training.early_steps", str(round(row.early * row.length * base.training.total_steps))]
+    words = ["--recipe", RECIPES[recipe], *VARIANTS[variant].overrides.split(), *more]
+    if (length := VARIANTS[variant].length) > 1:
+        base = load_run_config(words)
+        words += ["--training.total_steps", str(length * base.training.total_steps)]
+        words += ["--schedule.warmup_steps", str(length * base.schedule.warmup_steps)]
     return words
 
 
