@@ -1,5 +1,6 @@
 """DeepSpeed: how its processes start, the optimizer and its schedule, and the one place that builds an engine."""
 
+import ctypes
 import math
 import os
 import warnings
@@ -42,7 +43,9 @@ def start_world(timeout_minutes: float, threads: int | None = None) -> World:
         clear_stale_locks()
     accelerator = get_accelerator()
     device = torch.device("cpu")
-    if accelerator.device_name() != "cpu":
+    if accelerator.device_name() == "cpu":
+        keep_heap()
+    else:
         if place.local_rank >= accelerator.device_count():
             raise ValueError(
                 f"{place.local_size} processes on this machine, which has {accelerator.device_count()} GPU(s): lower "
@@ -55,6 +58,21 @@ def start_world(timeout_minutes: float, threads: int | None = None) -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return world
+
+
+HEAP_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": (-3, 1 << 30), "MALLOC_TRIM_THRESHOLD_": (-1, (1 << 31) - 1)}
+"""Of glibc's malloc: the variable by which a user sets one, its number in malloc.h, and bytes that suit training."""
+
+
+def keep_heap() -> None:
+    """Keep the memory that a step frees for the next one, unless the environment says what malloc shall do.
+
+    Otherwise glibc returns large blocks and asks for them anew, and the kernel clears their pages every time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None and not HEAP_SETTINGS.keys() & os.environ.keys():
+        for number, size in HEAP_SETTINGS.values():
+            mallopt(number, size)
 
 
 def _discover() -> None:

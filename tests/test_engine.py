@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,3 +108,31 @@ def test_a_launcher_may_set_the_threads_but_the_recipe_decides(monkeypatch):
     assert given == []
     _share_cores(place, 5)
     assert given == [5]
+
+
+@pytest.mark.parametrize(("variables", "is_kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)], ids=str)
+def test_the_heap_is_kept_unless_the_environment_says_otherwise(variables, is_kept):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    result = subprocess.run(
+        [sys.executable, "-c", PAGE_FAULTS], env=kept | variables, capture_output=True, text=True, check=True
+    )
+    before, after = map(int, result.stdout.splitlines()[-1].split())
+    assert after < before / 5 if is_kept else after > before / 2
+
+
+PAGE_FAULTS = """
+import resource, torch
+from pipeline.engine import keep_heap
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 << 20)  # 64 MiB, and freed again
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+keep_heap()
+torch.ones(16 << 20)
+print(before, faults())
+"""
+"""Prints how often the kernel had to give a page, before and after."""
