@@ -1,4 +1,4 @@
-"""A proof that a model computes with spikes: its layers multiply weights by nothing else, and attend to nothing else."""
+"""A proof that a model computes with spikes: its layers multiply weights, and attend to, nothing else."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
