@@ -38,8 +38,12 @@ class ModelSettings:
 class DataSettings:
     """Which rows, in which order."""
 
-    shards: FolderName
-    """Folder that data_prep.build_shards wrote: manifest.json, tokenizer/, train/, heldout/."""
+    shards: FolderName | None = None
+    """Folder that data_prep.build_shards wrote: manifest.json, tokenizer/, train/, heldout/; null: see mixture."""
+
+    mixture: dict[FolderName, PositiveFloat] = field(default_factory=dict)
+    """Instead, several such folders and their weights, {FOLDER: WEIGHT, ...}: of every few samples each gives its share
+    of all weights, however many rows it has, and goes through epochs of its own."""
 
     shards_recipe: str | None = None
     """Recipe of data_prep.build_shards to build them by where they are missing; null: they must be there."""
@@ -61,6 +65,16 @@ class DataSettings:
 
     shuffle_window: PositiveInt | None = None
     """Rows within which those runs are then shuffled; null: the whole epoch, a full shuffle."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every folder, of one or of several."""
+        return self.mixture or {self.shards: 1.0}
+
+    @property
+    def named(self) -> str:
+        """The field that names the folders, and them."""
+        return f"data.mixture of {', '.join(self.mixture)}" if self.mixture else f"data.shards {self.shards}"
 
 
 @dataclass(frozen=True)
@@ -259,7 +273,8 @@ MAY_CHANGE = (
     "threads",
     "data.shards_recipe",
     "data.tokenizer_recipe",
-    "data.shards",  # a folder may move: its contents are known by their fingerprint
+    "data.shards",  # folders may move: their contents are known by their fingerprints, with which weights are kept
+    "data.mixture",
     "data.verify",
     "data.num_workers",
     "engine.ds_config",
@@ -288,12 +303,13 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """One line for each field that decides what is trained and has changed; empty where `new` may resume `old`."""
-    before, after = (dict(_leaves(settings_to_dict(config))) for config in (old, new))
-    return [
-        f"{name}: {before.get(name, 'not set')!r} in the run, {after.get(name, 'not set')!r} now"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)
-    ]
+    changes = _changes(settings_to_dict(old), settings_to_dict(new))
+    return [line for name, line in changes.items() if not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)]
+
+
+def mixture_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line for each folder of data.mixture that has come, gone, or got another weight, by its name."""
+    return list(_changes({"data.mixture": old.data.mixture}, {"data.mixture": new.data.mixture}).values())
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
@@ -341,6 +357,16 @@ def offloads_optimizer(config: RunConfig) -> bool:
 
 def _mechanics(config: RunConfig) -> dict[str, Any]:
     return json.loads(Path(config.engine.ds_config).read_text(encoding="utf-8"))
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """A line for each leaf that differs, by its dotted name."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return {
+        name: f"{name}: {before.get(name, 'not set')!r} in the run, {after.get(name, 'not set')!r} now"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    }
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -50,11 +50,12 @@ def text_documents(inputs: Sequence[str], text_field: str, tokenizer: PreTrained
     return documents
 
 
-def heldout_documents(shards: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
+def heldout_documents(folders: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> Documents:
     """The held-out documents of causal shards that were made with `tokenizer`; errors of open_shards."""
-    counts = open_shards(shards, tokenizer, "causal").counts[HELDOUT]
-    ids = _split_documents(_stream(ShardReader(shards / HELDOUT)), document_frame(tokenizer)[1])
-    return Documents(ids, f"held-out documents of {shards}", counts.bytes)
+    num_bytes = sum(open_shards(shards, tokenizer, "causal").counts[HELDOUT].bytes for shards in folders)
+    end_id = document_frame(tokenizer)[1]
+    ids = (ids for shards in folders for ids in _split_documents(_stream(ShardReader(shards / HELDOUT)), end_id))
+    return Documents(ids, f"held-out documents of {', '.join(map(str, folders))}", num_bytes)
 
 
 def open_shards(shards: Path, tokenizer: PreTrainedTokenizerBase, layout: str) -> Manifest:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.mixture import MixtureState, next_samples
 from pipeline.objectives import without_targets
-from pipeline.order import OrderState, sample_ids
+from pipeline.order import OrderState
 
 
 class RowReader(Protocol):
@@ -71,6 +72,29 @@ class SplitRows:
         return {"ids": ids, "length": length.clip(0, self.row_length)}
 
 
+class JoinedRows:
+    """The rows of several readers, of one length and with the same fields, numbered through one after another."""
+
+    def __init__(self, readers: Sequence[RowReader]) -> None:
+        self.fingerprint = " ".join(reader.fingerprint for reader in readers)
+        self.row_length = readers[0].row_length
+        self._readers = readers
+        self._first = np.cumsum([0, *map(len, readers)])  # of each reader, and the total
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
+        number_of = np.searchsorted(self._first, sample_ids, side="right") - 1
+        rows: dict[str, np.ndarray] = {}
+        for number in np.unique(number_of):
+            chosen = number_of == number
+            part = self._readers[number].read(sample_ids[chosen] - self._first[number])
+            for name, array in part.items():
+                rows.setdefault(name, np.empty((len(sample_ids), *array.shape[1:]), array.dtype))[chosen] = array
+        return rows
+
+
 class ElasticLoader(Dataset):
     """This rank's share of global batch after global batch, from `order.position` samples on.
 
@@ -87,7 +111,7 @@ class ElasticLoader(Dataset):
         reader: RowReader,
         make_batch: MakeBatch,
         *,
-        order: OrderState,
+        order: OrderState | MixtureState,
         global_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -113,7 +137,7 @@ class ElasticLoader(Dataset):
     def __getitem__(self, step: int) -> Batch:
         """This rank's share of the global batch `step` steps after the start."""
         start = self.order.position + step * self.global_batch_size + self.rank * self.share
-        ids, epochs = sample_ids(replace(self.order, position=start), self.share)
+        ids, epochs = next_samples(replace(self.order, position=start), self.share)
         return _read(self.reader, self.make_batch, ids, epochs)
 
     def batches(self, num_steps: int) -> Iterator[Batch]:
@@ -153,14 +177,16 @@ def heldout_batches(
     return (_heldout_batch(reader, make_batch, start, batch_size) for start in starts)
 
 
-def order_identity(reader: RowReader, order: OrderState) -> dict[str, int | str | None]:
+def order_identity(reader: RowReader, order: OrderState | MixtureState) -> dict[str, Any]:
     """What a checkpoint has to keep, beside the number of samples consumed, for the same samples to follow."""
+    identity = {"fingerprint": reader.fingerprint, "num_samples": order.num_samples, "seed": order.seed}
+    if isinstance(order, OrderState):
+        return {**identity, "shuffle_run": order.run, "shuffle_window": order.window}
     return {
-        "fingerprint": reader.fingerprint,
-        "num_samples": order.num_samples,
-        "seed": order.seed,
-        "shuffle_run": order.run,
-        "shuffle_window": order.window,
+        **identity,
+        "shares": list(order.shares),
+        "shuffle_run": [source.run for source in order.sources],
+        "shuffle_window": [source.window for source in order.sources],
     }
 
 

@@ -52,7 +52,11 @@ def sample_ids(state: OrderState, count: int) -> tuple[np.ndarray, np.ndarray]:
 
     An epoch's end may lie anywhere among them; every epoch holds each id of [0, num_samples) exactly once.
     """
-    position = np.arange(state.position, state.position + count, dtype=np.int64)
+    return samples_at(state, np.arange(state.position, state.position + count, dtype=np.int64))
+
+
+def samples_at(state: OrderState, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The samples at positions (int64 [n]) of the endless stream, whatever state.position is: ids and epochs."""
     epoch = position // state.num_samples
     place = as_uint64(position % state.num_samples)
     ids = _permute_runs(state, epoch, _shuffle_windows(state, epoch, place))

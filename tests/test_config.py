@@ -70,6 +70,8 @@ def values_of(type_):
         return st.sampled_from(parts)
     if origin in (Union, UnionType):
         return st.one_of(map(values_of, parts))
+    if origin is dict and type_ not in PLAIN:
+        return st.dictionaries(*map(values_of, parts), max_size=3)
     return st.tuples(*map(values_of, parts)) if origin is tuple else PLAIN[type_]
 
 
@@ -203,6 +205,10 @@ FAULTS = [
     (["--model.overrides", "{null: 1}"], "model.overrides.null: unknown field"),
     (["--model.warm_start", "!!binary aGk="], "model.warm_start: \"b'hi'\" holds no model.safetensors"),
     (["--model.warm_start", "nowhere"], "model.warm_start: 'nowhere' holds no model.safetensors"),
+    (["--data.shards", "null"], "data.shards: missing: name a folder of shards, or several"),
+    (["--data.mixture", "{a: 1, b: 2}"], "data.shards: 'data/toy' has no effect beside data.mixture"),
+    (["--data.shards", "null", "--data.mixture", "{a: 0}"], "data.mixture.a: 0 should be greater than 0"),
+    (["--data.shards", "null", "--data.mixture", "{a: 1, '': 2}"], "data.mixture"),
     (["--data.shuffle_run", "64"], "data.shuffle_run: 64 has no effect"),
     (["--engine.ds_config", "nowhere.json"], "engine.ds_config: 'nowhere.json' cannot be read: No such file"),
     (
