@@ -255,6 +255,11 @@ class ShardReader:
     def __del__(self) -> None:
         self.close()
 
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of the largest shard; 0 where there is none."""
+        return int(np.bincount(self._shard_of_block, np.diff(self._first_row)).max(initial=0))
+
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
         for descriptor in getattr(self, "_descriptors", {}).values():

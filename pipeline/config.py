@@ -60,11 +60,15 @@ class DataSettings:
     num_workers: NonNegativeInt = 0
     """Loader processes for each training process; 0 reads in the training process, which is fastest for short rows."""
 
-    shuffle_run: PositiveInt = 1
+    order: Literal["auto", "disk", "nfs", "remote"] = "auto"
+    """How an epoch is shuffled: disk in full; nfs by runs of 64 rows within windows of 65,536; remote by shards, within
+    windows of 8 of them; auto: by where the shards lie, or by the two numbers below."""
+
+    shuffle_run: PositiveInt | None = None
     """Neighbouring rows that are kept together when an epoch is shuffled; more than 1 where random reads are slow."""
 
     shuffle_window: PositiveInt | None = None
-    """Rows within which those runs are then shuffled; null: the whole epoch, a full shuffle."""
+    """Rows within which those runs are then shuffled; null, with shuffle_run: the whole epoch, a full shuffle."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -275,6 +279,9 @@ MAY_CHANGE = (
     "data.tokenizer_recipe",
     "data.shards",  # folders may move: their contents are known by their fingerprints, with which weights are kept
     "data.mixture",
+    "data.order",  # runs and windows are known as the numbers that they come to
+    "data.shuffle_run",
+    "data.shuffle_window",
     "data.verify",
     "data.num_workers",
     "engine.ds_config",

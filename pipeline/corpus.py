@@ -24,7 +24,8 @@ from pipeline.loader import Batch, ElasticLoader, JoinedRows, RowReader, SplitRo
 from pipeline.mixing import Choice, mix
 from pipeline.mixture import PERIOD, MixtureState, shares_of
 from pipeline.objectives import Objective, build_objective
-from pipeline.order import OrderState
+from pipeline.order import OrderState, run_and_window
+from pipeline.places import is_on_network
 from pipeline.stopping import POLL_SECONDS, StopRequest, die_with_parent
 from pipeline.world import LAUNCHER_VARIABLES, World
 
@@ -114,10 +115,11 @@ def _run_command(command: list[str], stop: StopRequest) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """One folder of shards: `folder` as the recipe names it, its weight among others, and its rows."""
+    """One folder of shards: `folder` as the recipe names it, its weight among others, where it lies, and its rows."""
 
     folder: str
     weight: float
+    place: str
     manifest: Manifest
     train: RowReader
     heldout: RowReader
@@ -141,8 +143,16 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
     readers = {folder: [ShardReader(root / split) for split in SPLITS] for folder, root in roots.items()}
     if config.data.verify:
         _verify([reader for pair in readers.values() for reader in pair], world)
+    # One process says where they lie: the machine that exports a folder sees it as its own disk.
+    places = world.on_main(lambda: {folder: _place(root) for folder, root in roots.items()})
     sources = [
-        Source(folder, weight, manifests[folder], *(_samples(reader, config.data) for reader in readers[folder]))
+        Source(
+            folder,
+            weight,
+            places[folder],
+            manifests[folder],
+            *(_samples(reader, config.data) for reader in readers[folder]),
+        )
         for folder, weight in config.data.weights.items()
     ]
     train, heldout, order = _join(sources, config)
@@ -184,7 +194,15 @@ def _join(sources: Sequence[Source], config: RunConfig) -> tuple[RowReader, RowR
 
 
 def _order(source: Source, settings: DataSettings, seed: int) -> OrderState:
-    return OrderState(seed, len(source.train), run=settings.shuffle_run, window=settings.shuffle_window)
+    run, window = settings.shuffle_run or 1, settings.shuffle_window
+    if (settings.shuffle_run, settings.shuffle_window) == (None, None):
+        place = source.place if settings.order == "auto" else settings.order
+        run, window = run_and_window(place, source.train.rows_per_shard)
+    return OrderState(seed, len(source.train), run=run, window=window)
+
+
+def _place(root: Path) -> str:
+    return "nfs" if is_on_network(root) else "disk"
 
 
 def _refuse_other_rows(config: RunConfig, manifests: Mapping[str, Manifest]) -> None:

@@ -26,6 +26,9 @@ class RowReader(Protocol):
     row_length: int
     """Tokens of a row."""
 
+    rows_per_shard: int
+    """Rows that lie together, in one file."""
+
     def __len__(self) -> int: ...
 
     def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -60,6 +63,7 @@ class SplitRows:
         self.row_length = sample_length
         self._reader = reader
         self._parts = reader.row_length // sample_length
+        self.rows_per_shard = reader.rows_per_shard * self._parts
 
     def __len__(self) -> int:
         return len(self._reader) * self._parts
@@ -78,6 +82,7 @@ class JoinedRows:
     def __init__(self, readers: Sequence[RowReader]) -> None:
         self.fingerprint = " ".join(reader.fingerprint for reader in readers)
         self.row_length = readers[0].row_length
+        self.rows_per_shard = max(reader.rows_per_shard for reader in readers)
         self._readers = readers
         self._first = np.cumsum([0, *map(len, readers)])  # of each reader, and the total
 

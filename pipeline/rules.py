@@ -137,12 +137,14 @@ def _output_of(recipe: str) -> str | None:
     return output if isinstance(output, str) else None
 
 
-def _shuffle_faults(run: int, window: int | None) -> Iterator[str]:
-    if run > 1 and window is None:
+def _shuffle_faults(order: str, run: int | None, window: int | None) -> Iterator[str]:
+    if (run or 1) > 1 and window is None:
         yield (
             f"data.shuffle_run: {run} has no effect when the whole epoch is shuffled: set data.shuffle_window, "
             f"for instance to {1024 * run}, or leave both out"
         )
+    elif order != "auto" and (run, window) != (None, None):
+        yield f"data.order: {order!r} has no effect beside data.shuffle_run and data.shuffle_window: leave it out"
 
 
 def _ds_config_faults(path: str) -> Iterator[str]:
@@ -228,7 +230,7 @@ RULES = (
     Rule(("model.warm_start",), _warm_start_faults),
     Rule(("data.shards", "data.mixture"), _source_faults),
     Rule(("data.shards", "data.shards_recipe", "data.tokenizer_recipe"), _builder_faults),
-    Rule(("data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
+    Rule(("data.order", "data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),

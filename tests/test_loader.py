@@ -211,7 +211,7 @@ def test_identity_names_what_differs(reader):
 class CausalRows:
     """Five rows of 12 tokens: 100 * row + position."""
 
-    fingerprint, row_length = "five", 12
+    fingerprint, row_length, rows_per_shard = "five", 12, 2
 
     def __len__(self):
         return 5
@@ -222,7 +222,7 @@ class CausalRows:
 
 def test_rows_are_split_into_samples_that_are_their_parts():
     split = SplitRows(CausalRows(), 4)
-    assert (len(split), split.row_length, split.fingerprint) == (15, 4, "five")
+    assert (len(split), split.row_length, split.rows_per_shard, split.fingerprint) == (15, 4, 6, "five")
     samples = split.read(np.array([4, 0, 12, 13, 14]))
     assert samples["ids"].tolist() == [
         [104, 105, 106, 107],
