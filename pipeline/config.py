@@ -39,7 +39,8 @@ class DataSettings:
     """Which rows, in which order."""
 
     shards: FolderName | None = None
-    """Folder that data_prep.build_shards wrote: manifest.json, tokenizer/, train/, heldout/; null: see mixture."""
+    """Folder that data_prep.build_shards wrote: manifest.json, tokenizer/, train/, heldout/; or its URL, https://... or
+    any of fsspec's, as s3://...; null: see mixture."""
 
     mixture: dict[FolderName, PositiveFloat] = field(default_factory=dict)
     """Instead, several such folders and their weights, {FOLDER: WEIGHT, ...}: of every few samples each gives its share
@@ -59,6 +60,12 @@ class DataSettings:
 
     num_workers: NonNegativeInt = 0
     """Loader processes for each training process; 0 reads in the training process, which is fastest for short rows."""
+
+    cache: FolderName = "data/cache"
+    """Folder, on each machine's own disk best, that keeps shards which come from a URL."""
+
+    cache_gigabytes: PositiveFloat = 100.0
+    """Size up to which shards are kept there; those that were not used for longest go first."""
 
     order: Literal["auto", "disk", "nfs", "remote"] = "auto"
     """How an epoch is shuffled: disk in full; nfs by runs of 64 rows within windows of 65,536; remote by shards, within
@@ -279,6 +286,8 @@ MAY_CHANGE = (
     "data.tokenizer_recipe",
     "data.shards",  # folders may move: their contents are known by their fingerprints, with which weights are kept
     "data.mixture",
+    "data.cache",
+    "data.cache_gigabytes",
     "data.order",  # runs and windows are known as the numbers that they come to
     "data.shuffle_run",
     "data.shuffle_window",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, check_folder
+from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest
 from data_prep.shards import CorruptShard, ShardReader
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
 from pipeline.config import DataSettings, RunConfig, accumulation_steps, is_decoder
@@ -26,6 +26,7 @@ from pipeline.mixture import PERIOD, MixtureState, shares_of
 from pipeline.objectives import Objective, build_objective
 from pipeline.order import OrderState, run_and_window
 from pipeline.places import is_on_network
+from pipeline.shard_cache import ShardCache, ShardFolder, open_folder
 from pipeline.stopping import POLL_SECONDS, StopRequest, die_with_parent
 from pipeline.world import LAUNCHER_VARIABLES, World
 
@@ -131,29 +132,23 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
     Raises ValueError where they are not whole, the tokenizer is not theirs, there are too few, or the model needs rows
     of another kind; of several folders, where they do not fit each other.
     """
-    roots = {folder: Path(folder) for folder in config.data.weights}
-    for root in roots.values():
-        world.on_main(lambda root=root: check_folder(root).version)  # one process looks at all shards, for all
-    opened = {folder: open_tokenizer(root) for folder, root in roots.items()}
+    folders = open_folders(config.data)
+    for folder in folders:
+        world.on_main(lambda folder=folder: folder.check().version)  # one process looks at all shards, for all
+    opened = {folder.name: open_tokenizer(folder.root) for folder in folders}
     manifests = {folder: manifest for folder, (manifest, _) in opened.items()}
     tokenizer = next(tokenizer for _, tokenizer in opened.values())
     _refuse_other_rows(config, manifests)
     objective = build_objective(config, tokenizer)
     _refuse_little_text(config, manifests)
-    readers = {folder: [ShardReader(root / split) for split in SPLITS] for folder, root in roots.items()}
+    readers = {folder.name: [folder.reader(split) for split in SPLITS] for folder in folders}
     if config.data.verify:
         _verify([reader for pair in readers.values() for reader in pair], world)
     # One process says where they lie: the machine that exports a folder sees it as its own disk.
-    places = world.on_main(lambda: {folder: _place(root) for folder, root in roots.items()})
+    places = world.on_main(lambda: [_place(folder) for folder in folders])
     sources = [
-        Source(
-            folder,
-            weight,
-            places[folder],
-            manifests[folder],
-            *(_samples(reader, config.data) for reader in readers[folder]),
-        )
-        for folder, weight in config.data.weights.items()
+        Source(name, weight, place, manifests[name], *(_samples(reader, config.data) for reader in readers[name]))
+        for (name, weight), place in zip(config.data.weights.items(), places, strict=True)
     ]
     train, heldout, order = _join(sources, config)
     corpus = Corpus(config, world, tokenizer, train, heldout, objective, order)
@@ -180,7 +175,9 @@ def _join(sources: Sequence[Source], config: RunConfig) -> tuple[RowReader, RowR
     """
     if len(sources) == 1:
         (source,) = sources
-        return source.train, source.heldout, _order(source, config.data, config.seed)
+        order = _order(source, config.data, config.seed)
+        _refuse_small_cache(sources, [order], config.data)
+        return source.train, source.heldout, order
     sources = sorted(sources, key=lambda source: source.train.fingerprint)
     for source, other in pairwise(sources):
         if source.train.fingerprint == other.train.fingerprint:
@@ -189,6 +186,7 @@ def _join(sources: Sequence[Source], config: RunConfig) -> tuple[RowReader, RowR
     _refuse_small_sources(sources, shares, config.training.global_batch_size)
     seeds = mix(config.seed, Choice.SOURCE_ORDER, np.arange(len(sources))).tolist()
     orders = tuple(_order(source, config.data, seed) for source, seed in zip(sources, seeds, strict=True))
+    _refuse_small_cache(sources, orders, config.data)
     train, heldout = (JoinedRows([getattr(source, split) for source in sources]) for split in SPLITS)
     return train, heldout, MixtureState(config.seed, orders, shares)
 
@@ -201,8 +199,10 @@ def _order(source: Source, settings: DataSettings, seed: int) -> OrderState:
     return OrderState(seed, len(source.train), run=run, window=window)
 
 
-def _place(root: Path) -> str:
-    return "nfs" if is_on_network(root) else "disk"
+def _place(folder: ShardFolder) -> str:
+    if folder.cache is not None:
+        return "remote"
+    return "nfs" if is_on_network(folder.root) else "disk"
 
 
 def _refuse_other_rows(config: RunConfig, manifests: Mapping[str, Manifest]) -> None:
@@ -258,6 +258,27 @@ def _refuse_small_sources(sources: Sequence[Source], shares: Sequence[int], glob
                 f"data.mixture: {source.folder} has {len(source.train)} training samples, fewer than its {drawn} of a "
                 f"global batch of {global_batch_size}: lower its weight {source.weight:g}, or give it more text"
             )
+
+
+def _refuse_small_cache(sources: Sequence[Source], orders: Sequence[OrderState], settings: DataSettings) -> None:
+    """ValueError where rows are shuffled among so many remote shards that these drive each other from the cache."""
+    part = 0.0
+    for source, order in zip(sources, orders, strict=True):
+        if source.train.samples_ahead:
+            shard, window = source.train.rows_per_shard, min(order.window or order.num_samples, order.num_samples)
+            touched = min(order.num_samples, -(-window // order.run) * max(order.run, shard))
+            part += touched / source.train.samples_ahead
+    if part > 1:
+        raise ValueError(
+            f"data.cache_gigabytes {settings.cache_gigabytes:g} is too small for remote shards in this order: raise it "
+            f"to {part * settings.cache_gigabytes * 1.01:.3g}, or set data.order remote"
+        )
+
+
+def open_folders(settings: DataSettings, names: Sequence[str] | None = None) -> list[ShardFolder]:
+    """The folders of the recipe, or those of other names. Raises RemoteError where one is remote and cannot be had."""
+    cache = ShardCache(Path(settings.cache), int(settings.cache_gigabytes * 1e9))
+    return [open_folder(str(name), cache) for name in (settings.weights if names is None else names)]
 
 
 def open_tokenizer(root: Path) -> tuple[Manifest, PreTrainedTokenizerBase]:

@@ -18,8 +18,9 @@ from data_prep.manifest import Manifest
 from data_prep.recipes import run_command
 from data_prep.shards import ShardReader
 from models.amplitudes import keep_timesteps, spiking_stack
-from pipeline.config import ObjectiveSettings, RunConfig
-from pipeline.documents import HELDOUT, heldout_documents, open_shards, text_documents
+from pipeline.config import DataSettings, ObjectiveSettings, RunConfig
+from pipeline.corpus import open_folders
+from pipeline.documents import HELDOUT, check_shards, heldout_documents, text_documents
 from pipeline.evaluation import (
     Tally,
     bits_per_byte,
@@ -33,6 +34,7 @@ from pipeline.loader import JoinedRows, heldout_batches
 from pipeline.model import open_model
 from pipeline.objectives import MaskedTokens, SpecialTokens
 from pipeline.options import count, usable_device
+from pipeline.shard_cache import ShardFolder
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -43,7 +45,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     model.to(usable_device(options.device))
     if options.shards and options.text:
         raise ValueError("--shards and --text: give one of them to measure on")
-    shards = options.shards or (list(map(Path, run.data.weights)) if run and not options.text else [])
+    data = run.data if run else DataSettings()
+    shards = open_folders(data, options.shards or (list(data.weights) if run and not options.text else []))
     if model.config.traits.causal:
         tally, found = _measure_documents(model, tokenizer, shards, run, options)
     else:
@@ -66,7 +69,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def _measure_documents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    shards: Sequence[Path],
+    shards: Sequence[ShardFolder],
     run: RunConfig | None,
     options: argparse.Namespace,
 ) -> tuple[Tally, dict[str, Any]]:
@@ -101,7 +104,7 @@ def _measure_documents(
 def _measure_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    shards: Sequence[Path],
+    shards: Sequence[ShardFolder],
     run: RunConfig | None,
     options: argparse.Namespace,
 ) -> tuple[Tally, dict[str, Any]]:
@@ -111,7 +114,7 @@ def _measure_rows(
             raise ValueError(f"--{name} has no effect on an encoder, which is measured on the rows of --shards")
     if not shards:
         raise ValueError("nothing to measure on: name a folder of shards by --shards")
-    counts = [open_shards(folder, tokenizer, "pairs").counts[HELDOUT] for folder in shards]
+    counts = [check_shards(folder, tokenizer, "pairs").counts[HELDOUT] for folder in shards]
     settings = run.objective if run else ObjectiveSettings(next_sentence=hasattr(model, "next_sentence_head"))
     objective = MaskedTokens(run.seed if run else 0, settings, SpecialTokens.of(tokenizer))
     readers = _in_order_of_training(shards)
@@ -121,20 +124,17 @@ def _measure_rows(
         for batch in tqdm(rows, unit=" batches", file=sys.stderr)
     )
     found = {
-        "data": f"held-out rows of {', '.join(map(str, shards))}",
+        "data": f"held-out rows of {', '.join(folder.name for folder in shards)}",
         "documents": sum(each.documents for each in counts),
         "rows": sum(map(len, readers)),
     }
     return tally_batches(model, batches, objective.losses), found
 
 
-def _in_order_of_training(shards: Sequence[Path]) -> list[ShardReader]:
+def _in_order_of_training(shards: Sequence[ShardFolder]) -> list[ShardReader]:
     """The held-out rows of each folder: in the order that numbers, and so masks, rows as in training."""
-    manifests = {folder: Manifest.load(folder) for folder in shards}
-    return [
-        ShardReader(folder / HELDOUT)
-        for folder in sorted(shards, key=lambda folder: manifests[folder].indexes["train"])
-    ]
+    folders = sorted(shards, key=lambda folder: Manifest.load(folder.root).indexes["train"])
+    return [folder.reader(HELDOUT) for folder in folders]
 
 
 NAMES = {
@@ -169,8 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or an exported folder")
     parser.add_argument(
         "--shards",
-        type=Path,
         action="append",
+        metavar="FOLDER",
         help="shards whose held-out part to measure on; repeatable (default: the run's own)",
     )
     parser.add_argument(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.mixture import MixtureState, next_samples
 from pipeline.objectives import without_targets
 from pipeline.order import OrderState
+from pipeline.read_ahead import ReadAhead
 
 
 class RowReader(Protocol):
@@ -28,6 +29,9 @@ class RowReader(Protocol):
 
     rows_per_shard: int
     """Rows that lie together, in one file."""
+
+    samples_ahead: int
+    """Rows to `fetch` before they are read, where they come from afar; else 0."""
 
     def __len__(self) -> int: ...
 
@@ -64,6 +68,7 @@ class SplitRows:
         self._reader = reader
         self._parts = reader.row_length // sample_length
         self.rows_per_shard = reader.rows_per_shard * self._parts
+        self.samples_ahead = reader.samples_ahead * self._parts
 
     def __len__(self) -> int:
         return len(self._reader) * self._parts
@@ -75,6 +80,10 @@ class SplitRows:
         length = rows["length"].astype(np.int64) - part * self.row_length
         return {"ids": ids, "length": length.clip(0, self.row_length)}
 
+    def fetch(self, sample_ids: np.ndarray) -> None:
+        """As the rows' reader does."""
+        self._reader.fetch(sample_ids // self._parts)
+
 
 class JoinedRows:
     """The rows of several readers, of one length and with the same fields, numbered through one after another."""
@@ -83,6 +92,7 @@ class JoinedRows:
         self.fingerprint = " ".join(reader.fingerprint for reader in readers)
         self.row_length = readers[0].row_length
         self.rows_per_shard = max(reader.rows_per_shard for reader in readers)
+        self.samples_ahead = min((reader.samples_ahead for reader in readers if reader.samples_ahead), default=0)
         self._readers = readers
         self._first = np.cumsum([0, *map(len, readers)])  # of each reader, and the total
 
@@ -90,14 +100,24 @@ class JoinedRows:
         return int(self._first[-1])
 
     def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
-        number_of = np.searchsorted(self._first, sample_ids, side="right") - 1
         rows: dict[str, np.ndarray] = {}
-        for number in np.unique(number_of):
-            chosen = number_of == number
-            part = self._readers[number].read(sample_ids[chosen] - self._first[number])
-            for name, array in part.items():
+        for reader, chosen, own_ids in self._by_reader(sample_ids):
+            for name, array in reader.read(own_ids).items():
                 rows.setdefault(name, np.empty((len(sample_ids), *array.shape[1:]), array.dtype))[chosen] = array
         return rows
+
+    def fetch(self, sample_ids: np.ndarray) -> None:
+        """As those readers do whose rows come from afar."""
+        for reader, _, own_ids in self._by_reader(sample_ids):
+            if reader.samples_ahead:
+                reader.fetch(own_ids)
+
+    def _by_reader(self, sample_ids: np.ndarray) -> Iterator[tuple[RowReader, np.ndarray, np.ndarray]]:
+        """Each reader that has some of the rows, which of them (bool [n]), and their ids there."""
+        number_of = np.searchsorted(self._first, sample_ids, side="right") - 1
+        for number in np.unique(number_of):
+            chosen = number_of == number
+            yield self._readers[number], chosen, sample_ids[chosen] - self._first[number]
 
 
 class ElasticLoader(Dataset):
@@ -159,9 +179,15 @@ class ElasticLoader(Dataset):
                 worker_init_fn=_ignore_stops,
             )
         )
+        ahead = ReadAhead(self.reader, self.order) if self.reader.samples_ahead else None
         try:
-            yield from batches
+            for step in range(num_steps):
+                if ahead:
+                    ahead.reached(self.order.position + step * self.global_batch_size)
+                yield next(batches)
         finally:
+            if ahead:
+                ahead.close()
             if self.num_workers:
                 # Left to the garbage collector, workers outlive an exception of theirs, whose traceback holds them.
                 batches._shutdown_workers()

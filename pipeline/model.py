@@ -24,9 +24,10 @@ from models.modeling import (
 from models.warm_start import CheckpointTensors, llama_differences, load_bert, load_llama
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
 from pipeline.config import EngineSettings, RunConfig, is_decoder, zero_stage
-from pipeline.corpus import Corpus, open_tokenizer
+from pipeline.corpus import Corpus, open_folders, open_tokenizer
 from pipeline.engine import partition_weights
 from pipeline.model_folder import read_model_folder
+from pipeline.shard_cache import ShardFolder
 from pipeline.world import World
 
 
@@ -140,26 +141,25 @@ def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpo
     return model.eval()
 
 
-def open_data(folders: Sequence[str | Path], state: TrainState) -> tuple[dict[str, Manifest], PreTrainedTokenizerBase]:
+def open_data(folders: Sequence[ShardFolder], state: TrainState) -> tuple[dict[str, Manifest], PreTrainedTokenizerBase]:
     """Manifest of each folder of the shards that `state` was trained on, by the folder's name, and their tokenizer."""
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not folder.root.is_dir():
             raise ValueError(
-                f"the run's shards {folder} do not exist: give the folder that holds them now by --shards FOLDER"
+                f"the run's shards {folder.name} do not exist: give the folder that holds them now by --shards FOLDER"
             )
-    opened = {str(folder): open_tokenizer(Path(folder)) for folder in folders}
-    manifests = {folder: manifest for folder, (manifest, _) in opened.items()}
+    opened = {folder.name: open_tokenizer(folder.root) for folder in folders}
+    manifests = {name: manifest for name, (manifest, _) in opened.items()}
     if " ".join(sorted(manifest.indexes["train"] for manifest in manifests.values())) != state.data["fingerprint"]:
-        named = ", ".join(manifests)
         raise ValueError(
-            f"the run was not trained on the shards in {named}: give those that it was by --shards FOLDER, of a "
-            "mixture all of them, each by its own"
+            f"the run was not trained on the shards in {', '.join(manifests)}: give those that it was by --shards "
+            "FOLDER, of a mixture all of them, each by its own"
         )
     return manifests, next(tokenizer for _, tokenizer in opened.values())
 
 
 def open_model(
-    given: Path, shards: Sequence[Path] | None = None
+    given: Path, shards: Sequence[str] | None = None
 ) -> tuple[SpikeLMPreTrainedModel, PreTrainedTokenizerBase, RunConfig | None]:
     """A trained model, its tokenizer and, where it is a run's, the run's settings.
 
@@ -173,9 +173,9 @@ def open_model(
         checkpoint = resolve_checkpoint(given)
         state = read_state(checkpoint)
         config = settings_from_dict(RunConfig, state.recipe)
-        own = list(config.data.weights)
-        are_there = all(Path(folder).is_dir() for folder in own)
-        _, tokenizer = open_data(own if are_there else shards or own, state)
+        own = open_folders(config.data)
+        are_there = all(folder.root.is_dir() for folder in own)
+        _, tokenizer = open_data(own if are_there else open_folders(config.data, shards or ()) or own, state)
         return trained_model(config, tokenizer, checkpoint), tokenizer, config
     return *read_model_folder(given), None
 

@@ -21,6 +21,7 @@ class FakeReader:
     """Rows in memory, read as ShardReader reads them."""
 
     fingerprint = "f00d"
+    samples_ahead = 0
 
     def __init__(self, rows):
         self.rows = rows
@@ -211,7 +212,7 @@ def test_identity_names_what_differs(reader):
 class CausalRows:
     """Five rows of 12 tokens: 100 * row + position."""
 
-    fingerprint, row_length, rows_per_shard = "five", 12, 2
+    fingerprint, row_length, rows_per_shard, samples_ahead = "five", 12, 2, 0
 
     def __len__(self):
         return 5

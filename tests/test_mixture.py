@@ -88,6 +88,7 @@ class Numbers:
     """Rows that hold their own number, and of which folder they are."""
 
     row_length = rows_per_shard = 1
+    samples_ahead = 0
 
     def __init__(self, name, size):
         self.fingerprint, self.size = name, size
