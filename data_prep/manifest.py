@@ -171,6 +171,15 @@ def check_folder(root: str | Path) -> Manifest:
     return manifest
 
 
+def check_indexes(root: str | Path) -> Manifest:
+    """As `check_folder`, of a folder whose shards lie elsewhere: its indexes and its tokenizer."""
+    root = Path(root)
+    manifest = Manifest.load(root)
+    if faults := _folder_faults(root, manifest, lambda reader: None):
+        raise CorruptShard(*faults)
+    return manifest
+
+
 def verify(root: Path) -> list[str]:
     """Every fault of a built folder: manifest, tokenizer, indexes, sizes, hashes and members of all shards."""
     return _folder_faults(root, Manifest.load(root), ShardReader.verify)

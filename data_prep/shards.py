@@ -226,7 +226,12 @@ class ShardReader:
         row_length: positions of a row
         fields: names of the arrays that `read` gives
         fingerprint: names the rows and their order
+        open_shards: descriptors that are kept
+        samples_ahead: rows to fetch before they are read; none, since they are here
     """
+
+    open_shards = OPEN_SHARDS
+    samples_ahead = 0
 
     def __init__(self, folder: str | Path) -> None:
         """Raises CorruptShard where the index is missing or not consistent; shards are checked when they are opened."""
@@ -236,7 +241,7 @@ class ShardReader:
         self.fields = tuple(field.name for field in index.fields)
         self.fingerprint = hash_file(self.folder / INDEX_NAME)
         self._index_fields = index.fields
-        self._files = [(shard.name, shard.bytes) for shard in index.shards]
+        self._files = [(shard.name, shard.bytes, shard.xxh3_128) for shard in index.shards]
         rows = np.array([count for shard in index.shards for count in shard.rows], np.int64)
         self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])  # of each block, and the total
         self._shard_of_block = np.repeat(np.arange(len(index.shards)), [len(shard.rows) for shard in index.shards])
@@ -254,6 +259,11 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.close()
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of the largest shard; 0 where there is none."""
+        return int(np.bincount(self._shard_of_block, np.diff(self._first_row)).max(initial=0))
 
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
@@ -285,23 +295,29 @@ class ShardReader:
     def _read_rows(self, array: np.ndarray, row_bytes: int, shards: list[int], offsets: list[int]) -> None:
         target = memoryview(array).cast("B") if array.size else memoryview(b"")
         for row, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
-            begin = row * row_bytes
-            count = os.preadv(self._descriptor(shard), [target[begin : begin + row_bytes]], offset)
-            if count != row_bytes:
-                name = self.folder / self._files[shard][0]
-                raise CorruptShard(f"{name}: {count} bytes at offset {offset}, expected {row_bytes}; {REMEDY}")
+            begin, count = row * row_bytes, 0
+            while count < row_bytes:  # a read from a network file system may give a part of what it has
+                part = [target[begin + count : begin + row_bytes]]
+                got = os.preadv(self._descriptor(shard), part, offset + count)
+                if not got:
+                    name = self.folder / self._files[shard][0]
+                    raise CorruptShard(f"{name}: {count} bytes at offset {offset}, expected {row_bytes}; {REMEDY}")
+                count += got
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
-        if len(self._descriptors) >= OPEN_SHARDS:
+        if len(self._descriptors) >= self.open_shards:
             os.close(self._descriptors.popitem(last=False)[1])
-        name, size = self._files[shard]
+        self._descriptors[shard] = self._open_shard(shard)
+        return self._descriptors[shard]
+
+    def _open_shard(self, shard: int) -> int:
+        name, size, _ = self._files[shard]
         if fault := size_fault(self.folder / name, size):
             raise CorruptShard(fault)
-        self._descriptors[shard] = os.open(self.folder / name, os.O_RDONLY)
-        return self._descriptors[shard]
+        return os.open(self.folder / name, os.O_RDONLY)
 
     def check_sizes(self) -> None:
         """Look at the name and size of every shard and open none.
@@ -309,7 +325,7 @@ class ShardReader:
         Raises:
             CorruptShard: with every fault found.
         """
-        faults = [size_fault(self.folder / name, size) for name, size in self._files]
+        faults = [size_fault(self.folder / name, size) for name, size, _ in self._files]
         if any(faults):
             raise CorruptShard(*filter(None, faults))
 

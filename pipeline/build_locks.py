@@ -6,7 +6,6 @@ on another machine that shares the folder is invisible from here, so on a networ
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
 
-NETWORK_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "ceph", "smb", "cifs", "fuse", "beegfs", "afs")
+from pipeline.places import is_on_network
+
 HOUR = 3600.0
 
 
@@ -25,7 +25,7 @@ def clear_stale_locks() -> None:
     locks = [path.resolve() for path in cache.glob("**/lock") if path.is_file()]
     if not locks:
         return
-    age = HOUR if _file_system(cache).startswith(NETWORK_FILE_SYSTEMS) else 0.0
+    age = HOUR if is_on_network(cache) else 0.0
     in_use = set(_open_paths())
     for lock in locks:
         with suppress(FileNotFoundError):  # its build has just ended
@@ -34,10 +34,6 @@ def clear_stale_locks() -> None:
             if time.time() - lock.stat().st_mtime >= age and not in_use & {str(lock), str(lock.parent)}:
                 lock.unlink()
                 print(f"removed the stale build lock {lock}", file=sys.stderr, flush=True)
-
-
-def _file_system(folder: Path) -> str:
-    return subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False).stdout
 
 
 def _open_paths() -> Iterator[str]:

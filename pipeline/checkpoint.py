@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.files import atomic_file, hash_file, read_record, sync_file, write_json
 from data_prep.recipes import settings_from_dict, settings_to_dict
-from pipeline.config import RunConfig, differences, zero_stage
+from pipeline.config import RunConfig, differences, mixture_differences, zero_stage
 from pipeline.ending import first_line, is_lost
 from pipeline.engine import DeepSpeedEngine
 from pipeline.loader import identity_differences
@@ -92,7 +92,10 @@ def find_start(config: RunConfig, checkpointer: "Checkpointer", data: dict[str, 
     if checkpoint is None:
         return None, fresh
     saved = read_state(checkpoint)
-    changes = differences(settings_from_dict(RunConfig, saved.recipe), config) + identity_differences(saved.data, data)
+    before = settings_from_dict(RunConfig, saved.recipe)
+    changes = differences(before, config)
+    if others := identity_differences(saved.data, data):
+        changes += mixture_differences(before, config) + others
     if saved.world_size != fresh.world_size:
         changes.append(
             f"{saved.world_size} processes in the checkpoint, {fresh.world_size} now: launch as many as then"

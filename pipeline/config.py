@@ -38,8 +38,13 @@ class ModelSettings:
 class DataSettings:
     """Which rows, in which order."""
 
-    shards: FolderName
-    """Folder that data_prep.build_shards wrote: manifest.json, tokenizer/, train/, heldout/."""
+    shards: FolderName | None = None
+    """Folder that data_prep.build_shards wrote: manifest.json, tokenizer/, train/, heldout/; or its URL, https://... or
+    any of fsspec's, as s3://...; null: see mixture."""
+
+    mixture: dict[FolderName, PositiveFloat] = field(default_factory=dict)
+    """Instead, several such folders and their weights, {FOLDER: WEIGHT, ...}: of every few samples each gives its share
+    of all weights, however many rows it has, and goes through epochs of its own."""
 
     shards_recipe: str | None = None
     """Recipe of data_prep.build_shards to build them by where they are missing; null: they must be there."""
@@ -56,11 +61,31 @@ class DataSettings:
     num_workers: NonNegativeInt = 0
     """Loader processes for each training process; 0 reads in the training process, which is fastest for short rows."""
 
-    shuffle_run: PositiveInt = 1
+    cache: FolderName = "data/cache"
+    """Folder, on each machine's own disk best, that keeps shards which come from a URL."""
+
+    cache_gigabytes: PositiveFloat = 100.0
+    """Size up to which shards are kept there; those that were not used for longest go first."""
+
+    order: Literal["auto", "disk", "nfs", "remote"] = "auto"
+    """How an epoch is shuffled: disk in full; nfs by runs of 64 rows within windows of 65,536; remote by shards, within
+    windows of 8 of them; auto: by where the shards lie, or by the two numbers below."""
+
+    shuffle_run: PositiveInt | None = None
     """Neighbouring rows that are kept together when an epoch is shuffled; more than 1 where random reads are slow."""
 
     shuffle_window: PositiveInt | None = None
-    """Rows within which those runs are then shuffled; null: the whole epoch, a full shuffle."""
+    """Rows within which those runs are then shuffled; null, with shuffle_run: the whole epoch, a full shuffle."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every folder, of one or of several."""
+        return self.mixture or {self.shards: 1.0}
+
+    @property
+    def named(self) -> str:
+        """The field that names the folders, and them."""
+        return f"data.mixture of {', '.join(self.mixture)}" if self.mixture else f"data.shards {self.shards}"
 
 
 @dataclass(frozen=True)
@@ -259,7 +284,13 @@ MAY_CHANGE = (
     "threads",
     "data.shards_recipe",
     "data.tokenizer_recipe",
-    "data.shards",  # a folder may move: its contents are known by their fingerprint
+    "data.shards",  # folders may move: their contents are known by their fingerprints, with which weights are kept
+    "data.mixture",
+    "data.cache",
+    "data.cache_gigabytes",
+    "data.order",  # runs and windows are known as the numbers that they come to
+    "data.shuffle_run",
+    "data.shuffle_window",
     "data.verify",
     "data.num_workers",
     "engine.ds_config",
@@ -288,12 +319,13 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """One line for each field that decides what is trained and has changed; empty where `new` may resume `old`."""
-    before, after = (dict(_leaves(settings_to_dict(config))) for config in (old, new))
-    return [
-        f"{name}: {before.get(name, 'not set')!r} in the run, {after.get(name, 'not set')!r} now"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)
-    ]
+    changes = _changes(settings_to_dict(old), settings_to_dict(new))
+    return [line for name, line in changes.items() if not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)]
+
+
+def mixture_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line for each folder of data.mixture that has come, gone, or got another weight, by its name."""
+    return list(_changes({"data.mixture": old.data.mixture}, {"data.mixture": new.data.mixture}).values())
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
@@ -341,6 +373,16 @@ def offloads_optimizer(config: RunConfig) -> bool:
 
 def _mechanics(config: RunConfig) -> dict[str, Any]:
     return json.loads(Path(config.engine.ds_config).read_text(encoding="utf-8"))
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """A line for each leaf that differs, by its dotted name."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return {
+        name: f"{name}: {before.get(name, 'not set')!r} in the run, {after.get(name, 'not set')!r} now"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    }
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,25 +1,32 @@
-"""A folder of shards as training sees it: tokenizer, global batches, held-out rows."""
+"""Folders of shards as training sees them: tokenizer, global batches, held-out rows."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, check_folder
+from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest
 from data_prep.shards import CorruptShard, ShardReader
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
 from pipeline.config import DataSettings, RunConfig, accumulation_steps, is_decoder
 from pipeline.ending import BAD_INPUT, AlreadyTold, Stopped
-from pipeline.loader import Batch, ElasticLoader, RowReader, SplitRows, heldout_batches, order_identity
+from pipeline.loader import Batch, ElasticLoader, JoinedRows, RowReader, SplitRows, heldout_batches, order_identity
+from pipeline.mixing import Choice, mix
+from pipeline.mixture import PERIOD, MixtureState, shares_of
 from pipeline.objectives import Objective, build_objective
-from pipeline.order import OrderState
+from pipeline.order import OrderState, run_and_window
+from pipeline.places import is_on_network
+from pipeline.shard_cache import ShardCache, ShardFolder, open_folder
 from pipeline.stopping import POLL_SECONDS, StopRequest, die_with_parent
 from pipeline.world import LAUNCHER_VARIABLES, World
 
@@ -34,7 +41,7 @@ class Corpus:
     train: RowReader
     heldout: RowReader
     objective: Objective
-    order: OrderState
+    order: OrderState | MixtureState
 
     def train_batches(self, samples_consumed: int, num_steps: int) -> Iterator[Batch]:
         """This rank's shares of the next `num_steps` global batches after `samples_consumed` samples."""
@@ -66,9 +73,9 @@ class Corpus:
             self.train_batches(0, 0)
             self.heldout_batches()
         except ValueError as error:
-            raise ValueError(f"data.shards {self.config.data.shards}: {error}") from error
+            raise ValueError(f"{self.config.data.named}: {error}") from error
 
-    def identity(self) -> dict[str, int | str | None]:
+    def identity(self) -> dict[str, Any]:
         """What decides which samples come when, and what is evaluated; kept in every checkpoint."""
         return {
             **order_identity(self.train, self.order),
@@ -107,64 +114,171 @@ def _run_command(command: list[str], stop: StopRequest) -> None:
         raise RuntimeError(f"python -m {' '.join(command)} ended with exit code {process.returncode}")
 
 
+@dataclass(frozen=True)
+class Source:
+    """One folder of shards: `folder` as the recipe names it, its weight among others, where it lies, and its rows."""
+
+    folder: str
+    weight: float
+    place: str
+    manifest: Manifest
+    train: RowReader
+    heldout: RowReader
+
+
 def open_corpus(config: RunConfig, world: World) -> Corpus:
     """The shards that config.data names.
 
     Raises ValueError where they are not whole, the tokenizer is not theirs, there are too few, or the model needs rows
-    of another kind.
+    of another kind; of several folders, where they do not fit each other.
     """
-    root = Path(config.data.shards)
-    world.on_main(lambda: check_folder(root).version)  # one process looks at all shards, for all
-    manifest, tokenizer = open_tokenizer(root)
-    _refuse_other_rows(config, manifest)
+    folders = open_folders(config.data)
+    for folder in folders:
+        world.on_main(lambda folder=folder: folder.check().version)  # one process looks at all shards, for all
+    opened = {folder.name: open_tokenizer(folder.root) for folder in folders}
+    manifests = {folder: manifest for folder, (manifest, _) in opened.items()}
+    tokenizer = next(tokenizer for _, tokenizer in opened.values())
+    _refuse_other_rows(config, manifests)
     objective = build_objective(config, tokenizer)
-    _refuse_little_text(config, manifest)
-    readers = [ShardReader(root / split) for split in SPLITS]
+    _refuse_little_text(config, manifests)
+    readers = {folder.name: [folder.reader(split) for split in SPLITS] for folder in folders}
     if config.data.verify:
-        faults = [fault for reader in readers for fault in reader.faults(world.rank, world.size)]
-        if faults := [fault for part in world.gather(faults) for fault in part]:
-            raise CorruptShard(*faults)
-    sample_length = config.data.sample_length or manifest.row_length
-    train, heldout = (
-        reader if sample_length == manifest.row_length else SplitRows(reader, sample_length) for reader in readers
-    )
-    order = OrderState(
-        seed=config.seed,
-        num_samples=len(train),
-        run=config.data.shuffle_run,
-        window=config.data.shuffle_window,
-    )
+        _verify([reader for pair in readers.values() for reader in pair], world)
+    # One process says where they lie: the machine that exports a folder sees it as its own disk.
+    places = world.on_main(lambda: [_place(folder) for folder in folders])
+    sources = [
+        Source(name, weight, place, manifests[name], *(_samples(reader, config.data) for reader in readers[name]))
+        for (name, weight), place in zip(config.data.weights.items(), places, strict=True)
+    ]
+    train, heldout, order = _join(sources, config)
     corpus = Corpus(config, world, tokenizer, train, heldout, objective, order)
     corpus.check()
     return corpus
 
 
-def _refuse_other_rows(config: RunConfig, manifest: Manifest) -> None:
-    shards, length = config.data.shards, config.data.sample_length
+def _verify(readers: Sequence[ShardReader], world: World) -> None:
+    """Every byte of the shards, each rank its part. Raises CorruptShard with the faults that any rank has found."""
+    faults = [fault for reader in readers for fault in reader.faults(world.rank, world.size)]
+    if faults := [fault for part in world.gather(faults) for fault in part]:
+        raise CorruptShard(*faults)
+
+
+def _samples(reader: ShardReader, settings: DataSettings) -> RowReader:
+    whole = settings.sample_length in (None, reader.row_length)
+    return reader if whole else SplitRows(reader, settings.sample_length)
+
+
+def _join(sources: Sequence[Source], config: RunConfig) -> tuple[RowReader, RowReader, OrderState | MixtureState]:
+    """The rows to train on, those held out, and the order of the former.
+
+    Sources stand in the order of their fingerprints, so that neither their names nor the recipe's order count.
+    """
+    if len(sources) == 1:
+        (source,) = sources
+        order = _order(source, config.data, config.seed)
+        _refuse_small_cache(sources, [order], config.data)
+        return source.train, source.heldout, order
+    sources = sorted(sources, key=lambda source: source.train.fingerprint)
+    for source, other in pairwise(sources):
+        if source.train.fingerprint == other.train.fingerprint:
+            raise ValueError(f"data.mixture: {source.folder} and {other.folder} hold the same rows: name one of them")
+    shares = shares_of([source.weight for source in sources])
+    _refuse_small_sources(sources, shares, config.training.global_batch_size)
+    seeds = mix(config.seed, Choice.SOURCE_ORDER, np.arange(len(sources))).tolist()
+    orders = tuple(_order(source, config.data, seed) for source, seed in zip(sources, seeds, strict=True))
+    _refuse_small_cache(sources, orders, config.data)
+    train, heldout = (JoinedRows([getattr(source, split) for source in sources]) for split in SPLITS)
+    return train, heldout, MixtureState(config.seed, orders, shares)
+
+
+def _order(source: Source, settings: DataSettings, seed: int) -> OrderState:
+    run, window = settings.shuffle_run or 1, settings.shuffle_window
+    if (settings.shuffle_run, settings.shuffle_window) == (None, None):
+        place = source.place if settings.order == "auto" else settings.order
+        run, window = run_and_window(place, source.train.rows_per_shard)
+    return OrderState(seed, len(source.train), run=run, window=window)
+
+
+def _place(folder: ShardFolder) -> str:
+    if folder.cache is not None:
+        return "remote"
+    return "nfs" if is_on_network(folder.root) else "disk"
+
+
+def _refuse_other_rows(config: RunConfig, manifests: Mapping[str, Manifest]) -> None:
+    first_folder, first = next(iter(manifests.items()))
+    for folder, manifest in manifests.items():
+        _refuse_rows_of(folder, manifest, config)
+        if manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise ValueError(
+                f"data.mixture: {folder} was made with another tokenizer than {first_folder}: build both with the same"
+            )
+        if config.data.sample_length is None and manifest.row_length != first.row_length:
+            raise ValueError(
+                f"data.mixture: {folder} has rows of {manifest.row_length} tokens, {first_folder} of "
+                f"{first.row_length}: build them alike (of causal ones, set data.sample_length to a common divisor)"
+            )
+
+
+def _refuse_rows_of(folder: str, manifest: Manifest, config: RunConfig) -> None:
+    length = config.data.sample_length
     needed = "causal" if is_decoder(config.model) else "pairs"
     if manifest.layout != needed:
         raise ValueError(
-            f"data.shards {shards} has rows in the layout {manifest.layout}, but {config.model.preset} learns from "
+            f"data.shards {folder} has rows in the layout {manifest.layout}, but {config.model.preset} learns from "
             f"{needed}: build them by data_prep.build_shards --layout {needed}, or name another model.preset"
         )
     if length is not None and manifest.layout != "causal":
         raise ValueError(f"data.sample_length {length}: only causal rows can be split, pairs cannot: leave it out")
     if length is not None and manifest.row_length % length:
         raise ValueError(
-            f"data.sample_length {length} does not divide the rows of {manifest.row_length} tokens in {shards}: "
+            f"data.sample_length {length} does not divide the rows of {manifest.row_length} tokens in {folder}: "
             "use a divisor, or leave it out"
         )
 
 
-def _refuse_little_text(config: RunConfig, manifest: Manifest) -> None:
+def _refuse_little_text(config: RunConfig, manifests: Mapping[str, Manifest]) -> None:
     """ValueError where so little text fills causal rows that whole batches would be padding."""
-    needed = config.training.global_batch_size * (config.data.sample_length or manifest.row_length)
-    tokens = manifest.counts["train"].row_tokens
-    if manifest.layout == "causal" and tokens < needed:
+    row_length = next(iter(manifests.values())).row_length
+    needed = config.training.global_batch_size * (config.data.sample_length or row_length)
+    tokens = sum(manifest.counts["train"].row_tokens for manifest in manifests.values())
+    if is_decoder(config.model) and tokens < needed:
         raise ValueError(
-            f"data.shards {config.data.shards} holds {tokens:,} tokens to train on, fewer than the {needed:,} of one "
-            "global batch: prepare more text, or lower training.global_batch_size or data.sample_length"
+            f"{config.data.named} holds {tokens:,} tokens to train on, fewer than the {needed:,} of one global "
+            "batch: prepare more text, or lower training.global_batch_size or data.sample_length"
         )
+
+
+def _refuse_small_sources(sources: Sequence[Source], shares: Sequence[int], global_batch_size: int) -> None:
+    """ValueError where a source has so few samples that one may come twice in a batch."""
+    for source, share in zip(sources, shares, strict=True):
+        drawn = -(-global_batch_size * share // PERIOD)
+        if len(source.train) < drawn:
+            raise ValueError(
+                f"data.mixture: {source.folder} has {len(source.train)} training samples, fewer than its {drawn} of a "
+                f"global batch of {global_batch_size}: lower its weight {source.weight:g}, or give it more text"
+            )
+
+
+def _refuse_small_cache(sources: Sequence[Source], orders: Sequence[OrderState], settings: DataSettings) -> None:
+    """ValueError where rows are shuffled among so many remote shards that these drive each other from the cache."""
+    part = 0.0
+    for source, order in zip(sources, orders, strict=True):
+        if source.train.samples_ahead:
+            shard, window = source.train.rows_per_shard, min(order.window or order.num_samples, order.num_samples)
+            touched = min(order.num_samples, -(-window // order.run) * max(order.run, shard))
+            part += touched / source.train.samples_ahead
+    if part > 1:
+        raise ValueError(
+            f"data.cache_gigabytes {settings.cache_gigabytes:g} is too small for remote shards in this order: raise it "
+            f"to {part * settings.cache_gigabytes * 1.01:.3g}, or set data.order remote"
+        )
+
+
+def open_folders(settings: DataSettings, names: Sequence[str] | None = None) -> list[ShardFolder]:
+    """The folders of the recipe, or those of other names. Raises RemoteError where one is remote and cannot be had."""
+    cache = ShardCache(Path(settings.cache), int(settings.cache_gigabytes * 1e9))
+    return [open_folder(str(name), cache) for name in (settings.weights if names is None else names)]
 
 
 def open_tokenizer(root: Path) -> tuple[Manifest, PreTrainedTokenizerBase]:

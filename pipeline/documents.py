@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.manifest import Manifest, check_folder
+from data_prep.manifest import Manifest
 from data_prep.shards import ShardReader
 from data_prep.sources import plan_units, read_unit
 from data_prep.tokenization import document_frame, text_encoder, tokenizer_fingerprint
+from pipeline.shard_cache import ShardFolder
 
 HELDOUT = "heldout"
 ROWS_AT_ONCE = 64
@@ -50,20 +50,23 @@ def text_documents(inputs: Sequence[str], text_field: str, tokenizer: PreTrained
     return documents
 
 
-def heldout_documents(shards: Path, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """The held-out documents of causal shards that were made with `tokenizer`; errors of open_shards."""
-    counts = open_shards(shards, tokenizer, "causal").counts[HELDOUT]
-    ids = _split_documents(_stream(ShardReader(shards / HELDOUT)), document_frame(tokenizer)[1])
-    return Documents(ids, f"held-out documents of {shards}", counts.bytes)
+def heldout_documents(folders: Sequence[ShardFolder], tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """The held-out documents of causal shards that were made with `tokenizer`; errors of check_shards."""
+    num_bytes = sum(check_shards(folder, tokenizer, "causal").counts[HELDOUT].bytes for folder in folders)
+    end_id = document_frame(tokenizer)[1]
+    ids = (ids for folder in folders for ids in _split_documents(_stream(folder.reader(HELDOUT)), end_id))
+    return Documents(ids, f"held-out documents of {', '.join(folder.name for folder in folders)}", num_bytes)
 
 
-def open_shards(shards: Path, tokenizer: PreTrainedTokenizerBase, layout: str) -> Manifest:
+def check_shards(folder: ShardFolder, tokenizer: PreTrainedTokenizerBase, layout: str) -> Manifest:
     """The manifest of whole shards. Raises ValueError where tokenizer or layout are others."""
-    manifest = check_folder(shards)
+    manifest = folder.check()
     if manifest.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        raise ValueError(f"{shards} was made with another tokenizer than the model's: build shards with the model's")
+        raise ValueError(
+            f"{folder.name} was made with another tokenizer than the model's: build shards with the model's"
+        )
     if manifest.layout != layout:
-        raise ValueError(f"{shards} has rows in the layout {manifest.layout}, but this model needs {layout}")
+        raise ValueError(f"{folder.name} has rows in the layout {manifest.layout}, but this model needs {layout}")
     return manifest
 
 

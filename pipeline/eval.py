@@ -14,11 +14,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.files import write_json
+from data_prep.manifest import Manifest
 from data_prep.recipes import run_command
 from data_prep.shards import ShardReader
 from models.amplitudes import keep_timesteps, spiking_stack
-from pipeline.config import ObjectiveSettings, RunConfig
-from pipeline.documents import HELDOUT, heldout_documents, open_shards, text_documents
+from pipeline.config import DataSettings, ObjectiveSettings, RunConfig
+from pipeline.corpus import open_folders
+from pipeline.documents import HELDOUT, check_shards, heldout_documents, text_documents
 from pipeline.evaluation import (
     Tally,
     bits_per_byte,
@@ -28,10 +30,11 @@ from pipeline.evaluation import (
     tally_batches,
     window_batches,
 )
-from pipeline.loader import heldout_batches
+from pipeline.loader import JoinedRows, heldout_batches
 from pipeline.model import open_model
 from pipeline.objectives import MaskedTokens, SpecialTokens
 from pipeline.options import count, usable_device
+from pipeline.shard_cache import ShardFolder
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -42,7 +45,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     model.to(usable_device(options.device))
     if options.shards and options.text:
         raise ValueError("--shards and --text: give one of them to measure on")
-    shards = options.shards or (Path(run.data.shards) if run and not options.text else None)
+    data = run.data if run else DataSettings()
+    shards = open_folders(data, options.shards or (list(data.weights) if run and not options.text else []))
     if model.config.traits.causal:
         tally, found = _measure_documents(model, tokenizer, shards, run, options)
     else:
@@ -65,7 +69,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def _measure_documents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    shards: Path | None,
+    shards: Sequence[ShardFolder],
     run: RunConfig | None,
     options: argparse.Namespace,
 ) -> tuple[Tally, dict[str, Any]]:
@@ -80,7 +84,7 @@ def _measure_documents(
         )
     if options.text:
         documents = text_documents(options.text, options.text_field, tokenizer)
-    elif shards is not None:
+    elif shards:
         documents = heldout_documents(shards, tokenizer)
     else:
         raise ValueError("nothing to measure on: name texts by --text, or a folder of shards by --shards")
@@ -100,7 +104,7 @@ def _measure_documents(
 def _measure_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    shards: Path | None,
+    shards: Sequence[ShardFolder],
     run: RunConfig | None,
     options: argparse.Namespace,
 ) -> tuple[Tally, dict[str, Any]]:
@@ -108,19 +112,29 @@ def _measure_rows(
     for name in ("text", "window", "stride"):
         if getattr(options, name):
             raise ValueError(f"--{name} has no effect on an encoder, which is measured on the rows of --shards")
-    if shards is None:
+    if not shards:
         raise ValueError("nothing to measure on: name a folder of shards by --shards")
-    manifest = open_shards(shards, tokenizer, "pairs")
+    counts = [check_shards(folder, tokenizer, "pairs").counts[HELDOUT] for folder in shards]
     settings = run.objective if run else ObjectiveSettings(next_sentence=hasattr(model, "next_sentence_head"))
     objective = MaskedTokens(run.seed if run else 0, settings, SpecialTokens.of(tokenizer))
-    reader = ShardReader(shards / HELDOUT)
-    rows = heldout_batches(reader, objective.make_batch, batch_size=options.batch_size)
+    readers = _in_order_of_training(shards)
+    rows = heldout_batches(JoinedRows(readers), objective.make_batch, batch_size=options.batch_size)
     batches = (
         {name: each.to(model.device) for name, each in batch.tensors.items()}
         for batch in tqdm(rows, unit=" batches", file=sys.stderr)
     )
-    found = {"data": f"held-out rows of {shards}", "documents": manifest.counts[HELDOUT].documents, "rows": len(reader)}
+    found = {
+        "data": f"held-out rows of {', '.join(folder.name for folder in shards)}",
+        "documents": sum(each.documents for each in counts),
+        "rows": sum(map(len, readers)),
+    }
     return tally_batches(model, batches, objective.losses), found
+
+
+def _in_order_of_training(shards: Sequence[ShardFolder]) -> list[ShardReader]:
+    """The held-out rows of each folder: in the order that numbers, and so masks, rows as in training."""
+    folders = sorted(shards, key=lambda folder: Manifest.load(folder.root).indexes["train"])
+    return [folder.reader(HELDOUT) for folder in folders]
 
 
 NAMES = {
@@ -153,7 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for input that cannot be measured."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.eval", description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or an exported folder")
-    parser.add_argument("--shards", type=Path, help="shards whose held-out part to measure on (default: the run's own)")
+    parser.add_argument(
+        "--shards",
+        action="append",
+        metavar="FOLDER",
+        help="shards whose held-out part to measure on; repeatable (default: the run's own)",
+    )
     parser.add_argument(
         "--text", action="append", help="text to measure a decoder on, as data_prep reads it; repeatable"
     )

@@ -15,6 +15,7 @@ from data_prep.files import json_bytes
 from data_prep.recipes import run_command, settings_from_dict
 from pipeline.checkpoint import read_state, resolve_checkpoint
 from pipeline.config import RunConfig
+from pipeline.corpus import open_folders
 from pipeline.metrics import METRICS_FILE, read_metrics
 from pipeline.model import open_data, trained_model
 from pipeline.model_card import describe_model
@@ -24,7 +25,7 @@ DATA_MANIFEST = "data_manifest.json"
 
 
 def export(
-    given: Path, output: Path, *, dtype: str = "float32", shards: Path | None = None, overwrite: bool = False
+    given: Path, output: Path, *, dtype: str = "float32", shards: Sequence[str] = (), overwrite: bool = False
 ) -> None:
     """Export the checkpoint that `given` names (see resolve_checkpoint) to `output`, whole or not at all.
 
@@ -39,10 +40,11 @@ def export(
     checkpoint = resolve_checkpoint(given)
     state = read_state(checkpoint)
     config = settings_from_dict(RunConfig, state.recipe)
-    manifest, tokenizer = open_data(shards or Path(config.data.shards), state)
+    manifests, tokenizer = open_data(open_folders(config.data, shards or None), state)
     model = trained_model(config, tokenizer, checkpoint).to(DTYPES[dtype])
-    card = describe_model(model, tokenizer, state, manifest, _read_run(checkpoint, state.step))
-    data = json_bytes(asdict(manifest)).decode()
+    card = describe_model(model, tokenizer, state, manifests, _read_run(checkpoint, state.step))
+    parts = {folder: asdict(manifest) for folder, manifest in manifests.items()}
+    data = json_bytes(parts if config.data.mixture else next(iter(parts.values()))).decode()
     write_model_folder(model, tokenizer, output, {CARD: card, DATA_MANIFEST: data})
 
 
@@ -58,7 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="a run, as runs/demo, for its newest checkpoint; or a checkpoint")
     parser.add_argument("output", type=Path, help="the folder to make")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: float32)")
-    parser.add_argument("--shards", type=Path, metavar="FOLDER", help="the run's shards, where they have moved")
+    parser.add_argument(
+        "--shards",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="the run's shards, where they have moved; repeated, of a mixture",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
     try:

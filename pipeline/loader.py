@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.mixture import MixtureState, next_samples
 from pipeline.objectives import without_targets
-from pipeline.order import OrderState, sample_ids
+from pipeline.order import OrderState
+from pipeline.read_ahead import ReadAhead
 
 
 class RowReader(Protocol):
@@ -24,6 +26,12 @@ class RowReader(Protocol):
 
     row_length: int
     """Tokens of a row."""
+
+    rows_per_shard: int
+    """Rows that lie together, in one file."""
+
+    samples_ahead: int
+    """Rows to `fetch` before they are read, where they come from afar; else 0."""
 
     def __len__(self) -> int: ...
 
@@ -59,6 +67,8 @@ class SplitRows:
         self.row_length = sample_length
         self._reader = reader
         self._parts = reader.row_length // sample_length
+        self.rows_per_shard = reader.rows_per_shard * self._parts
+        self.samples_ahead = reader.samples_ahead * self._parts
 
     def __len__(self) -> int:
         return len(self._reader) * self._parts
@@ -69,6 +79,45 @@ class SplitRows:
         ids = rows["ids"].reshape(len(sample_ids), self._parts, self.row_length)[np.arange(len(sample_ids)), part]
         length = rows["length"].astype(np.int64) - part * self.row_length
         return {"ids": ids, "length": length.clip(0, self.row_length)}
+
+    def fetch(self, sample_ids: np.ndarray) -> None:
+        """As the rows' reader does."""
+        self._reader.fetch(sample_ids // self._parts)
+
+
+class JoinedRows:
+    """The rows of several readers, of one length and with the same fields, numbered through one after another."""
+
+    def __init__(self, readers: Sequence[RowReader]) -> None:
+        self.fingerprint = " ".join(reader.fingerprint for reader in readers)
+        self.row_length = readers[0].row_length
+        self.rows_per_shard = max(reader.rows_per_shard for reader in readers)
+        self.samples_ahead = min((reader.samples_ahead for reader in readers if reader.samples_ahead), default=0)
+        self._readers = readers
+        self._first = np.cumsum([0, *map(len, readers)])  # of each reader, and the total
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, sample_ids: np.ndarray) -> dict[str, np.ndarray]:
+        rows: dict[str, np.ndarray] = {}
+        for reader, chosen, own_ids in self._by_reader(sample_ids):
+            for name, array in reader.read(own_ids).items():
+                rows.setdefault(name, np.empty((len(sample_ids), *array.shape[1:]), array.dtype))[chosen] = array
+        return rows
+
+    def fetch(self, sample_ids: np.ndarray) -> None:
+        """As those readers do whose rows come from afar."""
+        for reader, _, own_ids in self._by_reader(sample_ids):
+            if reader.samples_ahead:
+                reader.fetch(own_ids)
+
+    def _by_reader(self, sample_ids: np.ndarray) -> Iterator[tuple[RowReader, np.ndarray, np.ndarray]]:
+        """Each reader that has some of the rows, which of them (bool [n]), and their ids there."""
+        number_of = np.searchsorted(self._first, sample_ids, side="right") - 1
+        for number in np.unique(number_of):
+            chosen = number_of == number
+            yield self._readers[number], chosen, sample_ids[chosen] - self._first[number]
 
 
 class ElasticLoader(Dataset):
@@ -87,7 +136,7 @@ class ElasticLoader(Dataset):
         reader: RowReader,
         make_batch: MakeBatch,
         *,
-        order: OrderState,
+        order: OrderState | MixtureState,
         global_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -113,7 +162,7 @@ class ElasticLoader(Dataset):
     def __getitem__(self, step: int) -> Batch:
         """This rank's share of the global batch `step` steps after the start."""
         start = self.order.position + step * self.global_batch_size + self.rank * self.share
-        ids, epochs = sample_ids(replace(self.order, position=start), self.share)
+        ids, epochs = next_samples(replace(self.order, position=start), self.share)
         return _read(self.reader, self.make_batch, ids, epochs)
 
     def batches(self, num_steps: int) -> Iterator[Batch]:
@@ -130,9 +179,15 @@ class ElasticLoader(Dataset):
                 worker_init_fn=_ignore_stops,
             )
         )
+        ahead = ReadAhead(self.reader, self.order) if self.reader.samples_ahead else None
         try:
-            yield from batches
+            for step in range(num_steps):
+                if ahead:
+                    ahead.reached(self.order.position + step * self.global_batch_size)
+                yield next(batches)
         finally:
+            if ahead:
+                ahead.close()
             if self.num_workers:
                 # Left to the garbage collector, workers outlive an exception of theirs, whose traceback holds them.
                 batches._shutdown_workers()
@@ -153,14 +208,16 @@ def heldout_batches(
     return (_heldout_batch(reader, make_batch, start, batch_size) for start in starts)
 
 
-def order_identity(reader: RowReader, order: OrderState) -> dict[str, int | str | None]:
+def order_identity(reader: RowReader, order: OrderState | MixtureState) -> dict[str, Any]:
     """What a checkpoint has to keep, beside the number of samples consumed, for the same samples to follow."""
+    identity = {"fingerprint": reader.fingerprint, "num_samples": order.num_samples, "seed": order.seed}
+    if isinstance(order, OrderState):
+        return {**identity, "shuffle_run": order.run, "shuffle_window": order.window}
     return {
-        "fingerprint": reader.fingerprint,
-        "num_samples": order.num_samples,
-        "seed": order.seed,
-        "shuffle_run": order.run,
-        "shuffle_window": order.window,
+        **identity,
+        "shares": list(order.shares),
+        "shuffle_run": [source.run for source in order.sources],
+        "shuffle_window": [source.window for source in order.sources],
     }
 
 

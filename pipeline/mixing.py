@@ -24,6 +24,8 @@ class Choice(IntEnum):
     MASK_REPLACEMENT = 5
     WEIGHTS = 6
     DROPOUT = 7
+    MIXTURE_PLACE = 8
+    SOURCE_ORDER = 9
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:

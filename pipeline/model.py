@@ -1,6 +1,6 @@
 """The model that a recipe describes: untrained, as its training starts, or as one of its checkpoints has it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from models.modeling import (
 from models.warm_start import CheckpointTensors, llama_differences, load_bert, load_llama
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
 from pipeline.config import EngineSettings, RunConfig, is_decoder, zero_stage
-from pipeline.corpus import Corpus, open_tokenizer
+from pipeline.corpus import Corpus, open_folders, open_tokenizer
 from pipeline.engine import partition_weights
 from pipeline.model_folder import read_model_folder
+from pipeline.shard_cache import ShardFolder
 from pipeline.world import World
 
 
@@ -140,20 +141,25 @@ def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpo
     return model.eval()
 
 
-def open_data(root: Path, state: TrainState) -> tuple[Manifest, PreTrainedTokenizerBase]:
-    """Manifest and tokenizer of the shards that `state` was trained on."""
-    if not root.is_dir():
+def open_data(folders: Sequence[ShardFolder], state: TrainState) -> tuple[dict[str, Manifest], PreTrainedTokenizerBase]:
+    """Manifest of each folder of the shards that `state` was trained on, by the folder's name, and their tokenizer."""
+    for folder in folders:
+        if not folder.root.is_dir():
+            raise ValueError(
+                f"the run's shards {folder.name} do not exist: give the folder that holds them now by --shards FOLDER"
+            )
+    opened = {folder.name: open_tokenizer(folder.root) for folder in folders}
+    manifests = {name: manifest for name, (manifest, _) in opened.items()}
+    if " ".join(sorted(manifest.indexes["train"] for manifest in manifests.values())) != state.data["fingerprint"]:
         raise ValueError(
-            f"the run's shards {root} do not exist: give the folder that holds them now by --shards FOLDER"
+            f"the run was not trained on the shards in {', '.join(manifests)}: give those that it was by --shards "
+            "FOLDER, of a mixture all of them, each by its own"
         )
-    manifest, tokenizer = open_tokenizer(root)
-    if manifest.indexes["train"] != state.data["fingerprint"]:
-        raise ValueError(f"the run was not trained on the shards in {root}: give those that it was by --shards FOLDER")
-    return manifest, tokenizer
+    return manifests, next(tokenizer for _, tokenizer in opened.values())
 
 
 def open_model(
-    given: Path, shards: Path | None = None
+    given: Path, shards: Sequence[str] | None = None
 ) -> tuple[SpikeLMPreTrainedModel, PreTrainedTokenizerBase, RunConfig | None]:
     """A trained model, its tokenizer and, where it is a run's, the run's settings.
 
@@ -167,8 +173,9 @@ def open_model(
         checkpoint = resolve_checkpoint(given)
         state = read_state(checkpoint)
         config = settings_from_dict(RunConfig, state.recipe)
-        own = Path(config.data.shards)
-        _, tokenizer = open_data(own if own.is_dir() else shards or own, state)
+        own = open_folders(config.data)
+        are_there = all(folder.root.is_dir() for folder in own)
+        _, tokenizer = open_data(own if are_there else open_folders(config.data, shards or ()) or own, state)
         return trained_model(config, tokenizer, checkpoint), tokenizer, config
     return *read_model_folder(given), None
 

@@ -35,15 +35,18 @@ def describe_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     state: TrainState,
-    manifest: Manifest,
+    manifests: Mapping[str, Manifest],
     records: Sequence[Record],
 ) -> str:
-    """The card: Markdown, with the header that model hubs read. `records` are the run's, up to the exported step."""
+    """The card: Markdown, with the header that model hubs read.
+
+    `manifests` are those of the data by folder; `records` are the run's, up to the exported step.
+    """
     sections = {
         "Use": _usage(model, tokenizer),
         "Losses": _losses(records),
         "Firing rates": _firing_rates(records),
-        "Data": _data(manifest),
+        "Data": _data(manifests, state.recipe["data"].get("mixture", {})),
         "Recipe": block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items()]
@@ -102,20 +105,33 @@ def _firing_rates(records: Sequence[Record]) -> str:
     return "None recorded."
 
 
-def _data(manifest: Manifest) -> str:
+def _data(manifests: Mapping[str, Manifest], weights: Mapping[str, float]) -> str:
+    """What each folder holds and, of a mixture, the weights of its recipe."""
+    parts = []
+    for folder, manifest in manifests.items():
+        parts += [f"### {folder}"] if len(manifests) > 1 else []
+        parts += [
+            _counts(manifest),
+            table(("input", "content"), [(each.name, each.content) for each in manifest.origin.inputs]),
+        ]
+    if weights:
+        parts.append(
+            "Mixed by weight: " + ", ".join(f"{folder} {weight:g}" for folder, weight in weights.items()) + "."
+        )
+    first = next(iter(manifests.values()))
+    parts.append(
+        f"Tokenizer {first.tokenizer_fingerprint} with {first.vocab_size:,} entries. "
+        "The whole manifest is in data_manifest.json."
+    )
+    return "\n\n".join(parts)
+
+
+def _counts(manifest: Manifest) -> str:
     counts = [
         (split, *(f"{value:,}" for value in (each.documents, each.sentences, each.tokens, each.rows)))
         for split, each in manifest.counts.items()
     ]
-    inputs = [(each.name, each.content) for each in manifest.origin.inputs]
-    return "\n\n".join(
-        [
-            table(("split", "documents", "sentences", "tokens", f"rows of {manifest.row_length}"), counts),
-            table(("input", "content"), inputs),
-            f"Tokenizer {manifest.tokenizer_fingerprint} with {manifest.vocab_size:,} entries. "
-            "The whole manifest is in data_manifest.json.",
-        ]
-    )
+    return table(("split", "documents", "sentences", "tokens", f"rows of {manifest.row_length}"), counts)
 
 
 def _last(records: Sequence[Record], kind: str) -> list[Record]:

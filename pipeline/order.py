@@ -4,9 +4,9 @@ Position p of the endless stream belongs to epoch p // num_samples. Within an ep
 are permuted over the whole epoch, then the stream is shuffled inside windows of `window` positions. Both permutations
 are computed point by point, so nothing of the size of the data set is ever held and any position is reached at once.
 
-    run 1, any window            a full shuffle (local disks)
-    run 64, window 65,536        neighbours are read together (network file systems)
-    run = rows of a shard, window = 8 shards    each shard is fetched once an epoch (remote stores)
+    disk      a full shuffle
+    nfs       run 64, window 65,536: neighbours are read together
+    remote    run = samples of a shard, window = 8 shards: each shard is fetched once an epoch
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,11 @@ from pipeline.mixing import Choice, as_uint64, mix
 
 MAX_SAMPLES = 1 << 53  # up to here float64 counts exactly, which _bit_length relies on
 FEISTEL_ROUNDS = 4
+
+
+def run_and_window(place: str, shard_samples: int) -> tuple[int, int | None]:
+    """The order that fits where shards of so many samples lie: on disk, nfs or remote."""
+    return {"disk": (1, None), "nfs": (64, 1 << 16), "remote": (shard_samples, 8 * shard_samples)}[place]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,11 @@ def sample_ids(state: OrderState, count: int) -> tuple[np.ndarray, np.ndarray]:
 
     An epoch's end may lie anywhere among them; every epoch holds each id of [0, num_samples) exactly once.
     """
-    position = np.arange(state.position, state.position + count, dtype=np.int64)
+    return samples_at(state, np.arange(state.position, state.position + count, dtype=np.int64))
+
+
+def samples_at(state: OrderState, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The samples at positions (int64 [n]) of the endless stream, whatever state.position is: ids and epochs."""
     epoch = position // state.num_samples
     place = as_uint64(position % state.num_samples)
     ids = _permute_runs(state, epoch, _shuffle_windows(state, epoch, place))

@@ -16,6 +16,7 @@ from pathlib import Path
 from data_prep.manifest import MANIFEST_NAME, Manifest
 from data_prep.recipes import run_command
 from pipeline.config import RunConfig, load_run_config, offloads_optimizer, zero_stage
+from pipeline.corpus import open_folders
 from pipeline.footprint import (
     Cluster,
     Data,
@@ -92,14 +93,14 @@ def find_data(config: RunConfig, vocab_size: int | None, sample_length: int | No
 
     Raises ValueError where nothing tells them, and where the model has too few positions.
     """
-    root = Path(config.data.shards)
-    manifest = Manifest.load(root) if (root / MANIFEST_NAME).exists() else None
+    roots = [folder.root for folder in open_folders(config.data)]
+    manifest = next((Manifest.load(root) for root in roots if (root / MANIFEST_NAME).exists()), None)
     ids = vocab_size or config.model.overrides.get("vocab_size") or (manifest and manifest.vocab_size)
     length = sample_length or config.data.sample_length or (manifest and manifest.row_length)
     if missing := [name for name, value in (("--vocab-size", ids), ("--sample-length", length)) if not value]:
         options = " and ".join(f"{name} NUMBER" for name in missing)
         raise ValueError(
-            f"data.shards {config.data.shards} holds no {MANIFEST_NAME} yet, and nothing else says how large its "
+            f"{config.data.named} holds no {MANIFEST_NAME} yet, and nothing else says how large its "
             f"vocabulary and samples are: give {options}, or build the shards"
         )
     positions = empty_model(config, ids).config.max_position_embeddings

@@ -102,14 +102,23 @@ def _warm_start_faults(folder: str | None) -> Iterator[str]:
         )
 
 
-def _builder_faults(shards: str, shards_recipe: str | None, tokenizer_recipe: str | None) -> Iterator[str]:
+def _source_faults(shards: str | None, mixture: Mapping[str, float]) -> Iterator[str]:
+    if shards is None and not mixture:
+        yield "data.shards: missing: name a folder of shards, or several with their weights in data.mixture"
+    if shards is not None and mixture:
+        yield f"data.shards: {shards!r} has no effect beside data.mixture: leave one of them out, or set it to null"
+
+
+def _builder_faults(shards: str | None, shards_recipe: str | None, tokenizer_recipe: str | None) -> Iterator[str]:
     recipes = {"data.shards_recipe": shards_recipe, "data.tokenizer_recipe": tokenizer_recipe}
     for name, recipe in recipes.items():
         if recipe is not None and not os.path.isfile(recipe):
             yield f"{name}: {recipe!r} does not exist: name a recipe, such as those of launch/recipes/data"
     if tokenizer_recipe is not None and shards_recipe is None:
         yield f"data.tokenizer_recipe: {tokenizer_recipe!r} has no effect without data.shards_recipe: name that, too"
-    if shards_recipe is not None and os.path.isfile(shards_recipe):
+    if shards_recipe is not None and shards is None:
+        yield f"data.shards_recipe: {shards_recipe!r} builds data.shards, which is not set: name it, or leave this out"
+    elif shards_recipe is not None and os.path.isfile(shards_recipe):
         built = _output_of(shards_recipe)
         if built is not None and Path(built) != Path(shards):
             yield (
@@ -128,12 +137,14 @@ def _output_of(recipe: str) -> str | None:
     return output if isinstance(output, str) else None
 
 
-def _shuffle_faults(run: int, window: int | None) -> Iterator[str]:
-    if run > 1 and window is None:
+def _shuffle_faults(order: str, run: int | None, window: int | None) -> Iterator[str]:
+    if (run or 1) > 1 and window is None:
         yield (
             f"data.shuffle_run: {run} has no effect when the whole epoch is shuffled: set data.shuffle_window, "
             f"for instance to {1024 * run}, or leave both out"
         )
+    elif order != "auto" and (run, window) != (None, None):
+        yield f"data.order: {order!r} has no effect beside data.shuffle_run and data.shuffle_window: leave it out"
 
 
 def _ds_config_faults(path: str) -> Iterator[str]:
@@ -217,8 +228,9 @@ RULES = (
     Rule(("model.preset",), _preset_faults),
     Rule(("model.preset", "model.overrides"), _override_faults),
     Rule(("model.warm_start",), _warm_start_faults),
+    Rule(("data.shards", "data.mixture"), _source_faults),
     Rule(("data.shards", "data.shards_recipe", "data.tokenizer_recipe"), _builder_faults),
-    Rule(("data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
+    Rule(("data.order", "data.shuffle_run", "data.shuffle_window"), _shuffle_faults),
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),

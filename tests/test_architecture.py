@@ -24,9 +24,9 @@ MAX_LINES = 500
 RUNNING_PARTS = {
     *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "model_folder", "corpus", "loader"),
     *("metrics", "documents", "evaluation", "options", "world", "ending", "stopping", "build_locks"),
-    *("footprint", "tracing"),
+    *("footprint", "tracing", "read_ahead", "remote", "shard_cache"),
 }
-FOUNDATIONS = {"order", "mixing", "objectives", "config", "rules"}
+FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "places"}
 SHARED_BY_DATA_PREP = {
     f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "sources", "tokenization")
 }

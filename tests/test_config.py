@@ -70,6 +70,8 @@ def values_of(type_):
         return st.sampled_from(parts)
     if origin in (Union, UnionType):
         return st.one_of(map(values_of, parts))
+    if origin is dict and type_ not in PLAIN:
+        return st.dictionaries(*map(values_of, parts), max_size=3)
     return st.tuples(*map(values_of, parts)) if origin is tuple else PLAIN[type_]
 
 
@@ -412,12 +414,12 @@ def test_differences_name_what_decides_training(load):
     old = load()
     new = load(
         "--optimizer.learning_rate", "1e-3", "--model.overrides.hidden_size", "64", "--seed", "1",
-        "--training.total_steps", "20", "--data.shuffle_run", "2", "--data.shuffle_window", "8",
+        "--training.total_steps", "20", "--data.sample_length", "8",
         "--engine.precision", "bf16", "--objective.next_sentence", "false", "--schedule.kind", "cosine",
     )  # fmt: skip
     assert differences(old, old) == []
     assert [line.split(":")[0] for line in differences(old, new)] == [
-        "seed", "data.shuffle_run", "data.shuffle_window", "objective.next_sentence", "optimizer.learning_rate",
+        "seed", "data.sample_length", "objective.next_sentence", "optimizer.learning_rate",
         "schedule.kind", "engine.precision", "training.total_steps", "model.overrides.hidden_size",
     ]  # fmt: skip
     assert "optimizer.learning_rate: 0.0002 in the run, 0.001 now" in differences(old, new)
@@ -428,7 +430,7 @@ def test_what_may_change_on_resumption(load):
     new = load(
         "--name", "other", "--output", "elsewhere", "--resume", "never", "--threads", "1", "--data.num_workers", "2",
         "--data.shards", "moved", "--training.stop_after_step", "4", "--training.micro_batch_size", "4",
-        "--logging.every", "1", "--evaluation.every", "0", "--checkpoint.keep", "9",
+        "--logging.every", "1", "--evaluation.every", "0", "--checkpoint.keep", "9", "--data.order", "nfs",
         "--engine.checkpointing", "timestep", "--engine.checkpointing_timesteps", "2",
         "--engine.recompute_hidden", "true", "--engine.spike_backend", "torch", "--engine.logits_at_once", "0",
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import pytest
 
+from data_prep.recipes import ConfigError
+from pipeline import corpus
 from pipeline.config import load_run_config
 from pipeline.corpus import open_corpus
 from tests.tiny import OneProcess
@@ -32,6 +34,30 @@ def test_causal_rows_are_split_into_samples(open_for):
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ((), (1, None)),
+        (("--data.order", "nfs"), (64, 65_536)),
+        (("--data.order", "remote"), (4, 32)),
+        (("--data.shuffle_window", "100"), (1, 100)),
+        (("--data.shuffle_run", "2", "--data.shuffle_window", "100"), (2, 100)),
+    ],
+)
+def test_the_order_is_that_of_a_preset_or_of_two_numbers(settings, expected, open_for):
+    order = open_for("decoder-tiny", "causal", "--data.sample_length", "32", *settings).order
+    rows = open_for("decoder-tiny", "causal").train.rows_per_shard
+    run, window = expected if settings[:2] != ("--data.order", "remote") else [rows * count for count in expected]
+    assert (order.run, order.window) == (run, window)
+
+
+def test_shards_on_a_network_file_system_are_read_by_runs(open_for, monkeypatch):
+    monkeypatch.setattr(corpus, "is_on_network", lambda path: True)
+    here = open_for("encoder-tiny", "pairs")
+    assert (here.order.run, here.order.window) == (64, 65_536)
+    assert open_for("encoder-tiny", "pairs", "--data.order", "disk").identity()["shuffle_run"] == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("decoder-tiny", "pairs"), "rows in the layout pairs, but decoder-tiny learns from causal"),
@@ -50,3 +76,19 @@ def test_causal_rows_are_split_into_samples(open_for):
 def test_rows_that_the_model_cannot_learn_from_are_refused(arguments, message, open_for):
     with pytest.raises(ValueError, match=message):
         open_for(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        (["--data.shards", "null"], "data.shards: missing: name a folder of shards, or several"),
+        (["--data.mixture", "{a: 1, b: 2}"], "data.shards: 'here' has no effect beside data.mixture"),
+        (["--data.shards", "null", "--data.mixture", "{a: 0}"], "data.mixture.a: 0 should be greater than 0"),
+        (["--data.shards", "null", "--data.mixture", "{a: 1, '': 2}"], "data.mixture.*at least 1 character"),
+        (["--data.order", "nfs", "--data.shuffle_window", "64"], "data.order: 'nfs' has no effect beside data.shuffle"),
+        (["--data.order", "tape"], "data.order: 'tape' should be 'auto', 'disk', 'nfs' or 'remote'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_faults(settings, fault):
+    with pytest.raises(ConfigError, match=fault):
+        load_run_config(["--recipe", "tests/distributed/tiny.yaml", "--data.shards", "here", *settings])

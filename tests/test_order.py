@@ -43,6 +43,8 @@ def test_the_stream_does_not_depend_on_how_it_is_cut(seed, num_samples, run, win
 class NoRows:
     """A reader for tests that look only at which samples come."""
 
+    samples_ahead = 0
+
     def read(self, sample_ids):
         return {}
 

@@ -229,7 +229,7 @@ def test_a_reader_works_in_other_processes(folder, rows, method):
 
 
 def test_few_shards_stay_open(folder, rows, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(ShardReader, "open_shards", 2)
     before = len(os.listdir("/proc/self/fd"))
     reader = ShardReader(folder)
     order = np.random.default_rng(0).permutation(100)
@@ -258,6 +258,14 @@ def test_a_shard_that_shrinks_while_open_is_a_named_error(folder):
     os.truncate(folder / "train-000000-0004.tar", 1024)
     with pytest.raises(CorruptShard, match=r"0004\.tar: \d+ bytes at offset \d+, expected \d+"):
         reader.read(np.array([99]))
+
+
+def test_what_a_read_leaves_out_is_read_after_it(folder, monkeypatch):
+    """As a network file system may do, or a signal."""
+    whole, preadv = ShardReader(folder).read(np.arange(100)), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, parts, offset: preadv(file, [parts[0][:5]], offset))
+    rows = ShardReader(folder).read(np.arange(100))
+    assert all(np.array_equal(rows[name], whole[name]) for name in whole)
 
 
 def test_verify_finds_every_fault(folder):

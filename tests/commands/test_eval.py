@@ -9,10 +9,11 @@ from data_prep import build_shards
 from data_prep.manifest import Manifest
 from data_prep.sources import is_heldout
 from data_prep.tokenization import load_tokenizer
-from pipeline.documents import open_shards
+from pipeline.documents import check_shards
 from pipeline.eval import main
 from pipeline.export import main as export
 from pipeline.metrics import read_metrics
+from pipeline.shard_cache import ShardFolder
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_shards_of_another_tokenizer_or_layout_are_refused(runs, tiny_shards, ca
     manifest["origin"]["settings"]["layout"] = "pairs"
     (pairs / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="has rows in the layout pairs, but this model needs causal"):
-        open_shards(pairs, tokenizer, "causal")
+        check_shards(ShardFolder(str(pairs), pairs), tokenizer, "causal")
 
 
 def test_other_held_out_rows_of_the_same_tokenizer_can_be_measured(measure, runs, causal_shards, tmp_path):
