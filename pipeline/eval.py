@@ -6,10 +6,11 @@ encoders on the held-out rows, whose masked tokens they are to find.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,12 +19,14 @@ from data_prep.manifest import Manifest
 from data_prep.recipes import run_command
 from data_prep.shards import ShardReader
 from models.amplitudes import keep_timesteps, spiking_stack
+from models.energy import ENERGY_TABLES, Passed
 from pipeline.config import DataSettings, ObjectiveSettings, RunConfig
 from pipeline.corpus import open_folders
 from pipeline.documents import HELDOUT, check_shards, heldout_documents, text_documents
 from pipeline.evaluation import (
     Tally,
     bits_per_byte,
+    energy_values,
     firing_values,
     perplexity,
     strided_windows,
@@ -32,30 +35,30 @@ from pipeline.evaluation import (
 )
 from pipeline.loader import JoinedRows, heldout_batches
 from pipeline.model import open_model
+from pipeline.model_folder import probe_batch
 from pipeline.objectives import MaskedTokens, SpecialTokens
 from pipeline.options import count, usable_device
 from pipeline.shard_cache import ShardFolder
+from pipeline.spike_check import check_spikes
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """The measures that the command prints; a description of model and data comes first."""
-    model, tokenizer, run = open_model(options.model, options.shards)
-    if options.num_timesteps is not None:
-        keep_timesteps(model, options.num_timesteps)
-    model.to(usable_device(options.device))
+    model, tokenizer, run = _open(options)
     if options.shards and options.text:
         raise ValueError("--shards and --text: give one of them to measure on")
     data = run.data if run else DataSettings()
     shards = open_folders(data, options.shards or (list(data.weights) if run and not options.text else []))
-    if model.config.traits.causal:
-        tally, found = _measure_documents(model, tokenizer, shards, run, options)
-    else:
-        tally, found = _measure_rows(model, tokenizer, shards, run, options)
+    measure = _measure_documents if model.config.traits.causal else _measure_rows
+    lengths: list[int] = []
+    tally, found = measure(model, tokenizer, shards, run, options, lengths)
     values = tally.values()
     if (loss := values.get("causal_lm_loss")) is not None:
         values["perplexity"] = perplexity(loss)
         values["bits_per_byte"] = bits_per_byte(float(tally.sums[1, 0]), found["bytes"])
     spikes = firing_values(spiking_stack(model), tally.stats)
+    passed = Passed.in_rows(lengths, model.config.traits.causal, predictions=float(tally.sums[0, 0]))
+    table = ENERGY_TABLES[options.energy_table]
     return {
         "model": str(options.model),
         "num_timesteps": model.config.num_timesteps,
@@ -63,7 +66,16 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "targets": int(tally.sums[0, 0]),
         **values,
         **spikes,
+        "energy_table": options.energy_table,
+        **energy_values(model.config, tally.stats, passed, table),
     }
+
+
+def _open(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunConfig | None]:
+    model, tokenizer, run = open_model(options.model, options.shards)
+    if options.num_timesteps is not None:
+        keep_timesteps(model, options.num_timesteps)
+    return model.to(usable_device(options.device)), tokenizer, run
 
 
 def _measure_documents(
@@ -72,8 +84,9 @@ def _measure_documents(
     shards: Sequence[ShardFolder],
     run: RunConfig | None,
     options: argparse.Namespace,
+    lengths: list[int],
 ) -> tuple[Tally, dict[str, Any]]:
-    """Every token of every document but its first, each once."""
+    """Every token of every document but its first, each once; `lengths` get the tokens of each window."""
     trained = run.data.sample_length if run else None
     length = options.window or trained or model.config.max_position_embeddings
     stride = options.stride or max(1, length // 2)
@@ -94,7 +107,7 @@ def _measure_documents(
         options.batch_size,
         model.device,
     )
-    tally = tally_batches(model, batches, ("causal_lm",))
+    tally = tally_batches(model, _noting_lengths(batches, lengths), ("causal_lm",))
     if not tally.sums[0, 0]:
         raise ValueError(f"{documents.source} holds no document with two tokens: nothing to measure")
     found = {"data": documents.source, "documents": documents.num_documents, "bytes": documents.num_bytes}
@@ -107,8 +120,12 @@ def _measure_rows(
     shards: Sequence[ShardFolder],
     run: RunConfig | None,
     options: argparse.Namespace,
+    lengths: list[int],
 ) -> tuple[Tally, dict[str, Any]]:
-    """Masked tokens, and sentence pairs where the model has a head for them, of the held-out rows as in epoch 0."""
+    """Masked tokens, and sentence pairs where the model has a head for them, of the held-out rows as in epoch 0.
+
+    `lengths` get the tokens of each row.
+    """
     for name in ("text", "window", "stride"):
         if getattr(options, name):
             raise ValueError(f"--{name} has no effect on an encoder, which is measured on the rows of --shards")
@@ -128,7 +145,14 @@ def _measure_rows(
         "documents": sum(each.documents for each in counts),
         "rows": sum(map(len, readers)),
     }
-    return tally_batches(model, batches, objective.losses), found
+    return tally_batches(model, _noting_lengths(batches, lengths), objective.losses), found
+
+
+def _noting_lengths(batches: Iterable[dict[str, Tensor]], lengths: list[int]) -> Iterator[dict[str, Tensor]]:
+    """The batches, after the tokens of each of their rows have been added to `lengths`."""
+    for batch in batches:
+        lengths += batch["attention_mask"].sum(1).tolist()
+        yield batch
 
 
 def _in_order_of_training(shards: Sequence[ShardFolder]) -> list[ShardReader]:
@@ -149,6 +173,9 @@ NAMES = {
     "unigram_entropy": "unigram entropy of the same targets",
     "firing_rate": "firing rate, mean over sites",
     "spikes_per_token": "spikes per token, all timesteps",
+    "energy_of_layers": "energy of layers (uJ/token)",
+    "energy_of_ordinary_layers": "  as an ordinary transformer's",
+    "energy": "  with all that does not spike",
 }
 
 
@@ -185,17 +212,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--num-timesteps", type=count, metavar="T", help="fewer spike timesteps than it was trained with"
     )
+    parser.add_argument(
+        "--energy-table",
+        choices=ENERGY_TABLES,
+        default=next(iter(ENERGY_TABLES)),
+        help="what an operation costs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--check-spikes",
+        action="store_true",
+        help="measure nothing; prove that layers multiply spikes alone (exit status 1: they do not)",
+    )
     parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measures there, too")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options))
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
+    if options.check_spikes:
+        return _check(options)
     values = evaluate(options)
     print(describe(values))
     if options.json:
         write_json(options.json, values)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Look at what the model's layers multiply with on made-up text, and tell."""
+    model = _open(options)[0]
+    found = check_spikes(model, {name: each.to(model.device) for name, each in probe_batch(model.config).items()})
+    print(f"{len(found.spiking)} products are of spikes alone: linear layers, keys and values of the stack")
+    print(f"real by design: {', '.join(found.real)}")
+    for line in found.faults:
+        print(f"not of spikes: {line}")
+    return 1 if found.faults else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a model makes of rows or documents that it was not trained on: losses, accuracies and firing rates.
+"""What a model makes of rows or documents that it was not trained on: losses, accuracies, firing rates, energy.
 
 Legend: B batch, L tokens, V vocabulary.
 """
@@ -14,6 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from models.amplitudes import SpikeStats, spiking_stack
+from models.config import SpikeLMConfig
+from models.energy import (
+    EnergyTable,
+    Operations,
+    Passed,
+    ordinary_operations,
+    other_operations,
+    spiking_operations,
+)
 from pipeline.objectives import IGNORED, count_correct, count_targets, loss_sums
 from pipeline.world import World
 
@@ -82,6 +91,29 @@ def firing_values(stack: nn.Module, stats: SpikeStats) -> dict[str, float | dict
         "firing_rate": sum(rates.values()) / len(rates),
         "spikes_per_token": stats.spikes_per_token(stack.config.hidden_size),
         "firing_rate_by_site": rates,
+    }
+
+
+def energy_values(
+    config: SpikeLMConfig, stats: SpikeStats, passed: Passed, table: EnergyTable
+) -> dict[str, float | dict[str, float]]:
+    """Energy in microjoules for each token that has passed: of what the layers multiply, and of everything.
+
+    Linear layers and attention are told by site, and beside them what they would be in an ordinary transformer.
+    """
+    by_site = spiking_operations(config, stats.firing_rate, passed)
+    others = other_operations(config, passed)
+
+    def each_token(operations: Iterable[Operations]) -> float:
+        return 1e6 * sum(part.joules(table) for part in operations) / max(passed.tokens, 1)
+
+    layers = each_token(by_site.values())
+    return {
+        "energy_of_layers": layers,
+        "energy_of_ordinary_layers": each_token([ordinary_operations(config, passed)]),
+        "energy": layers + each_token(others.values()),
+        "energy_by_site": {site: each_token([operations]) for site, operations in by_site.items()},
+        "energy_of_others": {name: each_token([operations]) for name, operations in others.items()},
     }
 
 

@@ -24,7 +24,7 @@ MAX_LINES = 500
 RUNNING_PARTS = {
     *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "model_folder", "corpus", "loader"),
     *("metrics", "documents", "evaluation", "options", "world", "ending", "stopping", "build_locks"),
-    *("footprint", "tracing", "read_ahead", "remote", "shard_cache"),
+    *("footprint", "tracing", "read_ahead", "remote", "shard_cache", "spike_check"),
 }
 FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "places"}
 SHARED_BY_DATA_PREP = {

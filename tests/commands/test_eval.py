@@ -9,6 +9,7 @@ from data_prep import build_shards
 from data_prep.manifest import Manifest
 from data_prep.sources import is_heldout
 from data_prep.tokenization import load_tokenizer
+from models.amplitudes import BlockNeurons
 from pipeline.documents import check_shards
 from pipeline.eval import main
 from pipeline.export import main as export
@@ -40,6 +41,27 @@ def test_an_encoder_gives_the_heldout_losses_of_its_training(measure, runs):
     assert (
         values["num_timesteps"] == 4 and values["firing_rate_by_site"].keys() == trained["firing_rate_by_site"].keys()
     )
+
+
+def test_energy_is_that_of_the_measured_rates(measure, runs):
+    values = measure(runs / "whole-2-fp32", "--energy-table", "45nm-fp16")
+    sites, others = values["energy_by_site"], values["energy_of_others"]
+    assert sites.keys() == values["firing_rate_by_site"].keys() and {"softmax", "neurons", "head"} < others.keys()
+    assert values["energy_of_layers"] == pytest.approx(sum(sites.values()))
+    assert values["energy"] == pytest.approx(sum(sites.values()) + sum(others.values()))
+    D, rate = 64, values["firing_rate_by_site"]["layer0.attention_output"]
+    assert sites["layer0.attention_output"] == pytest.approx(1e-6 * 0.4 * D * D * 4 * rate)
+    linears = 12 * D * D * len(sites) / 6  # of a token, attention apart
+    assert values["energy_of_ordinary_layers"] > 1e-6 * 1.5 * linears
+
+
+def test_layers_are_proved_to_multiply_spikes_alone(runs, capsys, monkeypatch):
+    assert main([str(runs / "whole-decoder"), "--check-spikes", "--device", "cpu"]) == 0
+    assert "products are of spikes alone" in (said := capsys.readouterr().out) and "lm_head" in said
+    fire = BlockNeurons.fire
+    monkeypatch.setattr(BlockNeurons, "fire", lambda *args, **options: fire(*args, **options) + 1e-3 * args[2])
+    assert main([str(runs / "whole-decoder"), "--check-spikes", "--device", "cpu"]) == 1
+    assert "not of spikes: keys of layer 0: sees" in capsys.readouterr().out
 
 
 def test_a_decoder_is_measured_on_whole_documents(measure, runs, causal_shards, tmp_path):
