@@ -207,7 +207,7 @@ def _word_faults(text: str, words: Sequence[str], rules: QualityRules) -> Iterat
         yield "max_symbol_share"
     if sum(map(bool, map(_LETTER.search, words))) < rules.min_alphabetic_share * len(words):
         yield "min_alphabetic_share"
-    if rules.min_stop_words and sum(word in _STOP_WORDS for word in map(str.lower, words)) < rules.min_stop_words:
+    if rules.min_stop_words and sum(map(_STOP_WORDS.__contains__, text.lower().split())) < rules.min_stop_words:
         yield "min_stop_words"
     if not rules.allow_lorem_ipsum and "lorem ipsum" in text.lower():
         yield "allow_lorem_ipsum"
@@ -229,37 +229,38 @@ def _ngram_faults(words: Sequence[str], rules: QualityRules) -> Iterator[str]:
     numbers = np.fromiter(map(number_of.__getitem__, words), np.uint64, len(words))
     ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
     length, starts = ends[-1], np.concatenate([[0], ends[:-1]])
-    runs = numbers.copy()
+    places, runs = np.arange(len(words)), numbers  # ascending; a run can repeat only where the one a word shorter does
     for size in range(2, 11):
-        if len(words) < size:
-            return
-        runs = runs[:-1] * MULTIPLIER + numbers[size - 1 :]
+        fits = places + size <= len(words)
+        places = places[fits]
+        runs = runs[fits] * MULTIPLIER + numbers[places + size - 1]
         order = np.argsort(runs, kind="stable")
         repeats = runs[order[1:]] == runs[order[:-1]]  # [runs - 1]: equal to the one before it in the sorted order
+        if not repeats.any():
+            return
         if size < 5:
-            characters, limit = _top_characters(order, repeats, starts, ends, size), rules.max_top_ngram_characters
-            name, place = "max_top_ngram_characters", size - 2
+            characters = _top_characters(places[order], repeats, starts, ends, size)
+            name, limit = "max_top_ngram_characters", rules.max_top_ngram_characters[size - 2]
         else:
-            characters, limit = _covered(order[1:][repeats], starts, ends, size), rules.max_duplicate_ngram_characters
-            name, place = "max_duplicate_ngram_characters", size - 5
-        if characters > limit[place] * length:
+            characters = _covered(places[order[1:][repeats]], starts, ends, size)
+            name, limit = "max_duplicate_ngram_characters", rules.max_duplicate_ngram_characters[size - 5]
+        if characters > limit * length:
             yield name
+        kept = np.sort(order[np.append(repeats, False) | np.append(False, repeats)])
+        places, runs = places[kept], runs[kept]
 
 
-def _top_characters(order: np.ndarray, repeats: np.ndarray, starts: np.ndarray, ends: np.ndarray, size: int) -> int:
-    """Characters of the most frequent run of words, all its occurrences together; 0 where none repeats."""
+def _top_characters(places: np.ndarray, repeats: np.ndarray, starts: np.ndarray, ends: np.ndarray, size: int) -> int:
+    """Characters of the most frequent run of words, all its occurrences together; `places` are sorted by run."""
     breaks = np.flatnonzero(np.concatenate([[True], ~repeats, [True]]))
     counts = np.diff(breaks)
-    if (most := counts.max()) == 1:
-        return 0
-    first = order[breaks[:-1][counts == most]]
+    most = counts.max()
+    first = places[breaks[:-1][counts == most]]
     return int(most * (ends[first + size - 1] - starts[first]).max())  # the longest of equally frequent ones
 
 
 def _covered(repeated: np.ndarray, starts: np.ndarray, ends: np.ndarray, size: int) -> int:
     """Characters of the words in runs that stood before, each word once."""
-    if not len(repeated):
-        return 0
     change = np.zeros(len(starts) + 1, np.int64)
     np.add.at(change, repeated, 1)
     np.add.at(change, repeated + size, -1)
