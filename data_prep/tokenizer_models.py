@@ -1,4 +1,4 @@
-"""Training of WordPiece, SentencePiece and byte-level BPE vocabularies; all become transformers tokenizers of one kind."""
+"""Training of WordPiece, SentencePiece and byte-level BPE vocabularies; all become transformers tokenizers alike."""
 
 import io
 from collections import Counter

@@ -72,14 +72,14 @@ def test_ids_equal_the_librarys(unigram, articles, hostile):
         assert text_encoder(tokenizer)(texts) == library.encode(texts)
 
 
-def test_where_a_long_text_has_other_ids_ours_are_the_better_ones(unigram, articles):
-    """The library adds scores in single precision: after ten thousand pieces it no longer sees small differences."""
+def test_where_a_long_text_has_other_ids_ours_are_no_worse(unigram, articles):
+    """The library adds scores in single precision: after ten thousand pieces small differences are lost, ties fall otherwise."""
     tokenizer, model = unigram
     library = sentencepiece.SentencePieceProcessor(model_proto=model)
     text = " ".join(articles)[:1_000_000]
     (ours,), theirs = text_encoder(tokenizer)([text]), library.encode(text)
     assert ours != theirs
-    assert math.fsum(map(library.get_score, ours)) > math.fsum(map(library.get_score, theirs))
+    assert math.fsum(map(library.get_score, ours)) >= math.fsum(map(library.get_score, theirs))
 
 
 def test_sentencepiece_gives_back_all_but_its_sign_for_a_space(unigram, articles, hostile):
