@@ -73,7 +73,7 @@ def test_ids_equal_the_librarys(unigram, articles, hostile):
 
 
 def test_where_a_long_text_has_other_ids_ours_are_no_worse(unigram, articles):
-    """The library adds scores in single precision: after ten thousand pieces small differences are lost, ties fall otherwise."""
+    """The library adds scores in single precision: of ten thousand pieces it sees no small differences any more."""
     tokenizer, model = unigram
     library = sentencepiece.SentencePieceProcessor(model_proto=model)
     text = " ".join(articles)[:1_000_000]
