@@ -37,7 +37,7 @@ Inputs = Annotated[tuple[Annotated[str, AfterValidator(_readable)], ...], AfterV
 class InputRecord:
     """What an input held: xxh3_128 covers the content of a file, or names and contents of a folder's files.
 
-    Of a dataset on the hub it covers the fingerprint of its rows and the revision that they were fetched from.
+    Of a dataset on the hub it covers name, configuration, revision, split and number of rows.
     """
 
     name: str

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HUB_SCHEME = "hub://"
 _HUB_NAME = re.compile(
-    r"hub://(?P<path>[\w.-]+(?:/[\w.-]+)?)(?::(?P<name>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<revision>\S+))?"
+    r"hub://(?P<path>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<name>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<revision>\S+))?"
 )
 ROWS_AT_ONCE = 256
 SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes beside the rows
@@ -196,6 +196,10 @@ def hub_dataset(name: str) -> Dataset:
         SourceError: it cannot be had; the message says how to bring it to a machine without network.
     """
     arguments = parse_hub_name(name)
+    if Path(arguments["path"]).exists():
+        raise SourceError(
+            f"input {name!r}: a folder {arguments['path']} is here, too: give its path, or work elsewhere"
+        )
     import datasets
 
     try:
@@ -212,11 +216,9 @@ def hub_dataset(name: str) -> Dataset:
 
 
 def hub_content(name: str) -> tuple[int, int, str]:
-    """Number of files, bytes and a hash of a dataset on the hub: of its fingerprint and of what was fetched."""
+    """Number of files, bytes, and a hash of a dataset on the hub: of name, configuration, revision, split and rows."""
     dataset = hub_dataset(name)
-    fetched = dataset.info.download_checksums or {}  # their names hold the revision
-    return (
-        max(len(fetched), 1),
-        dataset.info.dataset_size or dataset.data.nbytes,
-        hash_json([dataset._fingerprint, sorted(fetched), len(dataset)]),
-    )
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    # The cache has a folder for each dataset, configuration, version, and hash of revision and files.
+    places = [Path(*file.parts[-5:]).as_posix() for file in files]
+    return len(files), dataset.data.nbytes, hash_json([places, str(dataset.split), len(dataset)])
