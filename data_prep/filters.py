@@ -14,8 +14,11 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_prep.ngrams import MULTIPLIER, hash_ngrams, hash_words, words_of
+from data_prep.origin import InputName
 from data_prep.recipes import Share
 from data_prep.sources import plan_units, read_unit
+
+LARGEST_TABLE = 1 << 28  # bytes
 
 # Settings
 
@@ -85,7 +88,7 @@ class StepSettings:
 
     quality: QualityRules = field(default_factory=QualityRules)
 
-    decontaminate: tuple[str, ...] = ()
+    decontaminate: tuple[InputName, ...] = ()
     """Evaluation data, named as inputs are: documents that share a run of words with it are left out."""
 
     decontaminate_text_field: str = "text"
@@ -121,8 +124,9 @@ class Steps:
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\ufeff\ufff9-\uffff]")
 _LINE_END = re.compile("\r\n?|[\x85\u2028]")
-_SPACES = re.compile("[ \t\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]+")
-_LINE_BORDER = re.compile(" ?\n ?")
+_ODD_SPACES = "\t\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
+_SPACES = re.compile(f"[ {_ODD_SPACES}]{{2,}}|[{_ODD_SPACES}]")  # not the single spaces that are right
+_LINE_BORDER = re.compile(" \n ?|\n ")
 _BLANK_LINES = re.compile("\n{3,}")
 _ASCII_CONTROL = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f]")
 
@@ -294,12 +298,15 @@ class EvaluationNgrams:
                     f"decontaminate: {name!r} has no text of {settings.shortest_words} words: leave it out"
                 )
         self.sorted = {size: _sorted_ngrams(found[size]) for size in sorted(found, reverse=True)}
+        self.tables = {size: _table(known) for size, (known, _) in self.sorted.items()}
 
     def found_in(self, text: str) -> str | None:
         """A reason that names the evaluation data of which the text holds a run of words; None if it holds none."""
         hashes = hash_words(words_of(text))
         for size, (known, owners) in self.sorted.items():
+            table = self.tables[size]
             ngrams = hash_ngrams(hashes, size)
+            ngrams = ngrams[table[_table_place(ngrams, table)]]  # which leaves few to be searched for
             places = np.minimum(np.searchsorted(known, ngrams), len(known) - 1)
             hits = np.flatnonzero(known[places] == ngrams)
             if len(hits):
@@ -318,3 +325,14 @@ def _sorted_ngrams(found: Iterable[tuple[np.ndarray, int]]) -> tuple[np.ndarray,
     owners = np.concatenate([np.full(len(ngrams), number) for ngrams, number in found])
     unique, first = np.unique(hashes, return_index=True)
     return unique, owners[first]
+
+
+def _table(known: np.ndarray) -> np.ndarray:
+    """For each value of the first bits of a hash, whether a known one has it: most others have not. bool [2^bits]."""
+    table = np.zeros(1 << int(min(16 * len(known), LARGEST_TABLE) - 1).bit_length(), bool)
+    table[_table_place(known, table)] = True
+    return table
+
+
+def _table_place(hashes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    return hashes >> np.uint64(65 - len(table).bit_length())

@@ -29,7 +29,10 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Inputs = Annotated[tuple[Annotated[str, AfterValidator(_readable)], ...], AfterValidator(_distinct)]
+InputName = Annotated[str, AfterValidator(_readable)]
+"""The type of a setting: an input that can be read."""
+
+Inputs = Annotated[tuple[InputName, ...], AfterValidator(_distinct)]
 """The type of a setting: at least one input, each readable, and no file in two of them."""
 
 

@@ -7,7 +7,9 @@ from dataclasses import fields, replace
 import pytest
 
 from data_prep.filters import QualityRules, Steps, StepSettings, mend_mojibake, normalize, quality_fault
+from data_prep.near_duplicates import NearDuplicateSettings
 from data_prep.ngrams import hash_ngrams, hash_words, words_of
+from data_prep.recipes import ConfigError, load_settings
 
 LOOSE = QualityRules(
     min_words=0,
@@ -187,3 +189,15 @@ def test_hashes_of_runs_are_those_of_their_words():
     assert len(runs) == 5 and runs[0] == runs[3] and len(set(runs.tolist())) == 4
     assert len(hash_ngrams(hashes, 8)) == 0 and hash_ngrams(hashes, 1).tolist() == hashes.tolist()
     assert hash_words(["a"])[0] == 0xE6C632B61E964E1F  # xxh3 of "a": the same on every machine
+
+
+def test_settings_are_those_of_a_recipe(tmp_path):
+    name = evaluation(tmp_path / "a.jsonl", [words(20)])
+    limits = "--quality.max_top_ngram_characters=[0.3, 0.2, 0.1]"
+    given = ["--normalize", "--decontaminate", name, "--quality.min_words=7", limits]
+    quality = QualityRules(min_words=7, max_top_ngram_characters=(0.3, 0.2, 0.1))
+    expected = StepSettings(normalize=True, decontaminate=(name,), quality=quality)
+    assert load_settings(StepSettings, given, "command") == expected
+    assert load_settings(NearDuplicateSettings, ["--bands=20"], "command") == NearDuplicateSettings(bands=20)
+    with pytest.raises(ConfigError, match="none.jsonl does not exist"):
+        load_settings(StepSettings, ["--decontaminate", "none.jsonl"], "command")

@@ -11,6 +11,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -182,6 +183,15 @@ def test_broken_tables_are_named_or_counted_by_rows(tmp_path):
     assert texts == TEXTS[:280] + TEXTS[350:] and skipped == {"broken table": 70}
     with pytest.raises(SourceError, match="broken table: rows 280 to 349 cannot be read: "):
         read(path, unit_bytes=1000)
+    arrow = write(tmp_path / "c.arrow")
+    arrow.write_bytes(arrow.read_bytes().replace(b"Zeile 301", b"\xff" * 9))
+    skipped = Counter()
+    assert read(arrow, skipped) == TEXTS[:301] + TEXTS[302:] and skipped == {"invalid UTF-8": 1}
+    raw = arrow.read_bytes()
+    place = raw.index(np.cumsum([0, *(len(text.encode()) for text in TEXTS[50:53])], dtype=np.int32).tobytes())
+    arrow.write_bytes(raw[: place + 4] + b"\xff\xff\xff\x7f" + raw[place + 8 :])
+    with pytest.raises(SourceError, match=r"c\.arrow: broken table: rows 0 to 599 cannot be read: "):
+        read(arrow)
     (tmp_path / "b.arrow").write_bytes(b"no arrow at all")
     with pytest.raises(SourceError, match=r"b\.arrow: broken table: "):
         plan_units([str(tmp_path / "b.arrow")])
