@@ -7,8 +7,10 @@ from typing import Annotated, Any, Protocol, Self
 
 from pydantic import AfterValidator
 
+from data_prep.documents import SourceError
 from data_prep.files import hash_file, hash_json
-from data_prep.sources import input_files, resolve_input
+from data_prep.sources import input_files, is_on_hub, resolve_input
+from data_prep.tables import hub_content
 
 
 def _readable(name: str) -> str:
@@ -21,19 +23,25 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError("no input: name at least one")
     reader: dict[Path, int] = {}
     for number, name in enumerate(names):
-        for file in input_files(name):
+        for file in input_files(name) or [Path(name)]:
             if (first := reader.setdefault(file.resolve(), number)) != number:
                 raise ValueError(f"{name!r} would read {file} again, after {names[first]!r}: list every text once")
     return names
 
 
-Inputs = Annotated[tuple[Annotated[str, AfterValidator(_readable)], ...], AfterValidator(_distinct)]
+InputName = Annotated[str, AfterValidator(_readable)]
+"""The type of a setting: an input that can be read."""
+
+Inputs = Annotated[tuple[InputName, ...], AfterValidator(_distinct)]
 """The type of a setting: at least one input, each readable, and no file in two of them."""
 
 
 @dataclass(frozen=True)
 class InputRecord:
-    """What an input held: xxh3_128 covers the content of a file, or names and contents of a folder's files."""
+    """What an input held: xxh3_128 covers the content of a file, or names and contents of a folder's files.
+
+    Of a dataset on the hub it covers name, configuration, revision, split and number of rows.
+    """
 
     name: str
     files: int
@@ -46,14 +54,27 @@ class InputRecord:
 
 
 def record_input(name: str) -> InputRecord:
-    """Size and hash of an input, which reads all of it once."""
+    """Size and hash of an input, which reads all of it once.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    if is_on_hub(name):
+        return InputRecord(name, *hub_content(name))
     files = input_files(name)
     size = sum(file.stat().st_size for file in files)
     root = resolve_input(name)
     if files == [root]:
-        return InputRecord(name, 1, size, hash_file(root))
-    hashes = {file.relative_to(root).as_posix(): hash_file(file) for file in files}
+        return InputRecord(name, 1, size, _hash(root))
+    hashes = {file.relative_to(root).as_posix(): _hash(file) for file in files}
     return InputRecord(name, len(files), size, hash_json(hashes))
+
+
+def _hash(file: Path) -> str:
+    try:
+        return hash_file(file)
+    except OSError as error:
+        raise SourceError(f"{file}: {error.strerror or error}: make it readable, or leave it out") from None
 
 
 @dataclass(frozen=True)

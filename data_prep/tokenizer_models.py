@@ -1,4 +1,4 @@
-"""Training of WordPiece and SentencePiece vocabularies; both become the same kind of transformers tokenizer."""
+"""Training of WordPiece, SentencePiece and byte-level BPE vocabularies; all become transformers tokenizers alike."""
 
 import io
 from collections import Counter
@@ -18,6 +18,7 @@ Texts = Callable[[], Iterator[str]]
 
 WORDPIECE_SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 SENTENCEPIECE_SPECIAL = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+BYTE_BPE_SPECIAL = SENTENCEPIECE_SPECIAL
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 SMALLEST_ALPHABET, LARGEST_ALPHABET = 64, 1000  # characters of WordPiece; each may take two entries of the vocabulary
 CHECKED_SENTENCES = 1000
@@ -43,13 +44,16 @@ def train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> PreTraine
     )
     tokenizer.train_from_iterator(texts(), trainer)
     vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) != vocab_size:
-        raise ValueError(
-            f"vocab_size: {vocab_size}, but the texts yield only {len(vocabulary)} pieces: "
-            "give more text, or ask for fewer"
-        )
+    _check_size(vocab_size, len(vocabulary))
     trained = _bert_pipeline(models.WordPiece(vocabulary, unk_token="[UNK]"), lowercase)
     return _transformers_tokenizer(trained, WORDPIECE_SPECIAL)
+
+
+def _check_size(vocab_size: int, found: int) -> None:
+    if found != vocab_size:
+        few = f"only {found} pieces: give more text, or ask for fewer"
+        many = f"{found} pieces at the least: ask for more"
+        raise ValueError(f"vocab_size: {vocab_size}, but the texts yield {few if found < vocab_size else many}")
 
 
 def _bert_pipeline(model: models.WordPiece, lowercase: bool) -> Tokenizer:
@@ -72,6 +76,29 @@ def _alphabet(texts: Texts, normalizer: normalizers.Normalizer, size: int) -> li
 def _continues_words(tokenizer: Tokenizer, character: str) -> bool:
     text = tokenizer.normalizer.normalize_str(f"a{character}")
     return len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
+
+
+def train_byte_bpe(texts: Texts, vocab_size: int, lowercase: bool) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2 has it: no text has an unknown token, and, but for case, decoding gives every text back.
+
+    Equal texts give equal vocabularies. No space is put before a text: what a decoder writes can be decoded alone.
+
+    Raises:
+        ValueError: the texts do not yield `vocab_size` pieces, or it is less than the 256 bytes and special tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase()] if lowercase else [])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(BYTE_BPE_SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    _check_size(vocab_size, tokenizer.get_vocab_size())
+    return _transformers_tokenizer(tokenizer, BYTE_BPE_SPECIAL, bos_token="<s>", eos_token="</s>")
 
 
 def train_sentencepiece(

@@ -1,0 +1,124 @@
+"""Tokenizers on Wikipedia and on a megabyte of hostile Unicode: ids as the library has them, text given back."""
+
+import math
+from random import Random
+
+import pytest
+import sentencepiece
+
+from data_prep.sources import plan_units, read_unit
+from data_prep.tokenization import load_tokenizer, text_encoder
+from data_prep.tokenizer_models import causal_tokenizer, train_byte_bpe, train_sentencepiece
+from tests.conftest import WIKIPEDIA
+
+NUM_BYTES = 1 << 20
+SPECIAL = ["<s>", "</s>", "<pad>", "<unk>", "<mask>", "<0x41>", "<0xFF>", "[SEP]", "▁", "▁▁ ▁"]
+
+
+def hostile_texts(seed=0):
+    """Texts of one to four hundred parts: anything that is Unicode, in the worst company."""
+    random = Random(seed)
+
+    def anything():  # every plane, unassigned and private, without surrogates, which are no text
+        code = random.randrange(0x110000 - 0x800)
+        return chr(code if code < 0xD800 else code + 0x800)
+
+    parts = [
+        anything,
+        lambda: "e" + "".join(chr(random.randrange(0x300, 0x370)) for _ in range(random.randrange(20))),
+        lambda: chr(random.randrange(0x20)),
+        lambda: random.choice(" \t\n\r\x7f\x85\xa0\u2003\u2028\u2029\u3000") * random.randrange(1, 4),
+        lambda: random.choice("\u200b\u200c\u200d\u2060\ufeff\u00ad\u202e\u202c\ufffd\ufffe\U0010ffff"),
+        lambda: chr(random.randrange(0x590, 0x700)),
+        lambda: random.choice("a.\u0301 \U0001f600#") * random.randrange(1, 300),
+        lambda: random.choice(SPECIAL),
+        lambda: random.choice(
+            ["The old house", "ﬁ", "Ｆｕｌｌ", "ß", "İ", "日本語", "\U0001f468\u200d\U0001f469", "1/2", "½"]
+        ),
+    ]
+    size = 0
+    while size < NUM_BYTES:
+        text = "".join(random.choice(parts)() for _ in range(random.randrange(1, 400)))
+        size += len(text.encode())
+        yield text
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    return list(hostile_texts())
+
+
+@pytest.fixture(scope="module")
+def articles():
+    return [document.text for unit in plan_units([WIKIPEDIA]) for document in read_unit(unit)]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
+def unigram(request, articles):
+    """A tokenizer and its model in the sentencepiece library; 1,000 pieces of a tenth of the articles."""
+    return train_sentencepiece(lambda: iter(articles[::10]), 1000, lowercase=False, prefix=request.param)
+
+
+@pytest.fixture(scope="module")
+def byte_bpe(articles):
+    return train_byte_bpe(lambda: iter(articles[::10]), 1000, lowercase=False)
+
+
+def test_ids_equal_the_librarys(unigram, articles, hostile):
+    tokenizer, model = unigram
+    library = sentencepiece.SentencePieceProcessor(model_proto=model)
+    paragraphs = [paragraph for text in articles for paragraph in text.split("\n\n")]
+    for texts in (paragraphs, hostile):
+        assert text_encoder(tokenizer)(texts) == library.encode(texts)
+
+
+def test_where_a_long_text_has_other_ids_ours_are_no_worse(unigram, articles):
+    """The library adds scores in single precision: of ten thousand pieces it sees no small differences any more."""
+    tokenizer, model = unigram
+    library = sentencepiece.SentencePieceProcessor(model_proto=model)
+    text = " ".join(articles)[:1_000_000]
+    (ours,), theirs = text_encoder(tokenizer)([text]), library.encode(text)
+    assert ours != theirs
+    assert math.fsum(map(library.get_score, ours)) >= math.fsum(map(library.get_score, theirs))
+
+
+def test_sentencepiece_gives_back_all_but_its_sign_for_a_space(unigram, articles, hostile):
+    tokenizer, _ = unigram
+    texts = [*articles[::4], *hostile]
+    for text, ids in zip(texts, text_encoder(tokenizer)(texts), strict=True):
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+    assert any("▁" in text for text in hostile) and not any("▁" in text for text in articles)
+
+
+def test_byte_bpe_gives_every_text_back(byte_bpe, articles, hostile):
+    texts = [*articles[::4], *hostile, "", " ", "\n"]
+    encoded = text_encoder(byte_bpe)(texts)
+    assert [byte_bpe.decode(ids) for ids in encoded] == texts
+    assert not {0, 1, 2, 3, 4} & {id for ids in encoded for id in ids}  # special tokens in a text are text
+
+
+def test_byte_bpe_is_deterministic_and_a_decoders(byte_bpe, articles, tmp_path):
+    again = train_byte_bpe(lambda: iter(articles[::10]), 1000, lowercase=False)
+    assert again.backend_tokenizer.to_str() == byte_bpe.backend_tokenizer.to_str()
+    assert len(byte_bpe) == 1000
+    assert byte_bpe.convert_ids_to_tokens(range(5)) == ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    pair = byte_bpe("the house", "the house")["input_ids"]
+    assert [pair[0], pair[-1], pair.count(3)] == [2, 3, 2]
+    causal_tokenizer(byte_bpe).save_pretrained(tmp_path)
+    causal = load_tokenizer(tmp_path)
+    text = "the old house, and the old river – naïve"
+    ids = causal(text, add_special_tokens=False)["input_ids"]
+    assert causal(text)["input_ids"] == [2, *ids]
+    for cut in (1, 5, 9):
+        assert causal.decode(ids[:cut]) + causal.decode(ids[cut:]) == text
+
+
+def test_lowercase_byte_bpe_and_vocabularies_that_cannot_be(articles):
+    small = train_byte_bpe(lambda: iter(articles[:1]), 300, lowercase=True)
+    assert small.decode(text_encoder(small)(["The HOUSE É"])[0]) == "the house é"
+    with pytest.raises(ValueError, match="vocab_size: 260, but the texts yield 261 pieces at the least: ask for more"):
+        train_byte_bpe(lambda: iter(articles[:1]), 260, lowercase=True)
+    with pytest.raises(
+        ValueError, match="vocab_size: 30000, but the texts yield only .* give more text, or ask for fewer"
+    ):
+        train_byte_bpe(lambda: iter(["a small text"]), 30_000, lowercase=True)
