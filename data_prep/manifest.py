@@ -8,8 +8,9 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -223,9 +224,21 @@ def check_folder(root: str | Path) -> Manifest:
     return manifest
 
 
-def verify(root: Path) -> list[str]:
-    """Every fault of a built folder: manifest, tokenizer, indexes, sizes, hashes and members of all shards."""
-    return _folder_faults(root, Manifest.load(root), ShardReader.verify)
+def verify(root: Path, part: int = 0, num_parts: int = 1, threads: int = 1) -> list[str]:
+    """Every fault of a built folder: manifest, tokenizer, indexes, sizes, hashes and members of all shards.
+
+    With several parts the shards are shared among them, each part's among `threads`; the rest every part looks at.
+    """
+
+    def check(reader: ShardReader) -> None:
+        own = range(part * threads, (part + 1) * threads)
+        with ThreadPoolExecutor(threads) as pool:  # hashing and reading need no interpreter
+            found = pool.map(lambda number: reader.faults(number, num_parts * threads), own)
+            faults = sorted(chain.from_iterable(found)) + reader.strays()
+        if faults:
+            raise CorruptShard(*faults)
+
+    return _folder_faults(root, Manifest.load(root), check)
 
 
 def _folder_faults(root: Path, manifest: Manifest, check_shards: Callable[[ShardReader], None]) -> list[str]:

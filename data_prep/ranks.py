@@ -20,6 +20,7 @@ from data_prep.recipes import BAD_INPUT, run_command
 Value = TypeVar("Value")
 
 POLL_SECONDS = 0.01
+HEAD_START_SECONDS = 2.0
 LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
@@ -209,20 +210,21 @@ def run_ranks(run: Callable[[Ranks], int | None]) -> int:
 
     An error in one rank alone, which the others know nothing of, ends all: with 2 where it is about the input, else 1.
     """
-    first = launched_as()[0] == 0
     try:
         ranks = join_ranks()
     except ValueError as error:
-        return _refused(error) if first else BAD_INPUT
+        return refuse_apart(error)
     if ranks.size == 1:
         return run_command(lambda: run(ranks))
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if first else nowhere):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.is_first else nowhere):
             return run(ranks) or 0
     except SystemExit:
         raise
     except Refusal as error:
-        return _refused(error) if first else BAD_INPUT
+        if ranks.is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT  # MPI lets no rank end before the first has told
     except (ValueError, OSError) as error:
         print(f"error: rank {ranks.rank}: {error}", file=sys.stderr)
         ranks.abort(BAD_INPUT)
@@ -232,6 +234,10 @@ def run_ranks(run: Callable[[Ranks], int | None]) -> int:
         ranks.abort(1)
 
 
-def _refused(error: ValueError) -> int:
+def refuse_apart(error: ValueError) -> int:
+    """Tell why processes that have not joined each other cannot work, in the first alone, as a rule, whose end ends all
+    by most launchers. The exit code."""
+    if launched_as()[0] > 0:
+        time.sleep(HEAD_START_SECONDS)
     print(f"error: {error}", file=sys.stderr)
     return BAD_INPUT

@@ -368,12 +368,14 @@ class ShardReader:
         Raises:
             CorruptShard: with every fault found.
         """
-        index, faults = ShardIndex.load(self.folder), self.faults()
-        known = {shard.name for shard in index.shards}
-        strays = sorted(path for path in self.folder.glob("*.tar") if path.name not in known)
-        faults += [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]
-        if faults:
+        if faults := self.faults() + self.strays():
             raise CorruptShard(*faults)
+
+    def strays(self) -> list[str]:
+        """Tars in the folder that the index does not name."""
+        known = {name for name, _ in self._files}
+        strays = sorted(path for path in self.folder.glob("*.tar") if path.name not in known)
+        return [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]
 
 
 def size_fault(path: Path, size: int) -> str | None:

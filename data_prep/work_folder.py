@@ -55,8 +55,9 @@ def only_job(root: Path, ranks: Ranks) -> Iterator[None]:
     """
     path = root / WORK_FOLDER / LOCK_NAME
     lock = ranks.agree(lambda: _take_lock(path) if ranks.is_first else None)
-    # From now on the first rank holds it for all; each holds it with the others, since it may outlive the first.
-    lock = ranks.agree(lambda: _join_lock(path, lock))
+    if ranks.size > 1:  # any rank may outlive the others, so that all hold it together from now on
+        lock = ranks.agree(lambda: _join_lock(path, lock) if ranks.is_first else None)
+        lock = ranks.agree(lambda: lock if ranks.is_first else _join_lock(path, None))
     try:
         yield
         if not ranks.is_first:
