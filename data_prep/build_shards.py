@@ -1,29 +1,34 @@
 """Command: raw text to shards of sentence pairs, or of causal rows.
 
 python -m data_prep.build_shards --recipe launch/recipes/data/demo.yaml [--field VALUE ...]
+mpirun -n 8 --bind-to none python -m data_prep.build_shards --recipe ...    the same folder, byte by byte
 """
 
+import errno
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.files import read_record
-from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Counts, Manifest, UnitRecord, check_folder
-from data_prep.origin import Inputs, Origin, faults_of, record_input, refusal
+from data_prep.build_job import Job
+from data_prep.build_report import REPORT_NAME, write_report
+from data_prep.files import hash_file, read_record
+from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, SourceCounts, UnitRecord
+from data_prep.origin import Inputs, Origin, record_input
 from data_prep.packing import CausalLayout, PairLayout, RowLayout
-from data_prep.recipes import BelowOne, FolderName, Rule, Share, load_settings, run_command, strict
-from data_prep.shards import ids_dtype, size_fault
-from data_prep.sources import plan_units
+from data_prep.ranks import Ranks, run_ranks
+from data_prep.recipes import BelowOne, FolderName, Rule, Share, load_settings, strict
+from data_prep.shards import ids_dtype
+from data_prep.sources import WorkUnit, input_files, plan_units
 from data_prep.tokenization import (
     TRAINING_RECORD,
     TrainingRecord,
@@ -35,11 +40,14 @@ from data_prep.tokenization import (
     vocabulary_size,
 )
 from data_prep.units import UnitBuilder
+from data_prep.work_folder import is_built, only_job, prepare
 
-WORK_FOLDER = ".build"  # the plan and the records of finished units, until the manifest is written
-PLAN_NAME = "plan.json"
+UNITS = 1024
+UNIT_MEGABYTES = (8, 512)
 ROW_LENGTHS = {"pairs": 128, "causal": 2048}
 """Tokens of a row where the recipe says nothing."""
+
+Megabytes = Annotated[float, Field(gt=0)]
 
 
 @strict
@@ -80,11 +88,19 @@ class BuildSettings:
     rows_per_block: PositiveInt = 1024
     """Rows of one .npy array."""
 
-    blocks_per_shard: PositiveInt = 16
-    """Arrays of each field in one tar file."""
+    shard_megabytes: Megabytes = 256
+    """Size of a tar file's arrays; less where a work unit has less to give, and one array of each field at least."""
 
-    unit_megabytes: PositiveInt = 64
-    """Size of a work unit, which is what is done again after a kill; each unit has shards of its own."""
+    unit_megabytes: Megabytes | None = None
+    """Size of a work unit, which is what one process reads at a time and what is done again after a kill, and which has
+    shards of its own; null: a 1,024th of the inputs, but 8 at least and 512 at most, which fills a shard."""
+
+    deduplicate: Literal["exact", "off"] = "exact"
+    """exact: of documents with the same words, whatever their case and spaces, the first alone is kept: a text that is
+    there twice is rarely meant to be learned twice. For that the inputs are read once more. off: all are kept."""
+
+    deduplicate_megabytes: Megabytes = 1024
+    """Memory that each process may take for hashes of documents; where it is too little, they are compared in parts."""
 
     overwrite: bool = False
     """Replace what another recipe built in the output folder."""
@@ -106,38 +122,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     # One thread: what scales is processes, each with work units of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
-    return run_command(lambda: build(load_settings(BuildSettings, argv, "python -m data_prep.build_shards", RULES)))
+    return run_ranks(lambda ranks: build(read_settings(argv, ranks), ranks))
 
 
-def build(settings: BuildSettings) -> None:
-    """Build what is not built yet, unit by unit, then the indexes, then the manifest."""
+def read_settings(argv: Sequence[str] | None, ranks: Ranks) -> BuildSettings:
+    """The settings, which every rank reads for itself."""
+    return ranks.agree(lambda: load_settings(BuildSettings, argv, "python -m data_prep.build_shards", RULES))
+
+
+def build(settings: BuildSettings, ranks: Ranks) -> None:
+    """Build what is not built yet, unit by unit, then the indexes, then the manifest. Collective."""
     root = Path(settings.output)
-    tokenizer = load_tokenizer(settings.tokenizer)
-    plan = make_plan(settings, tokenizer)
-    if is_built(root, plan, settings.overwrite):
-        print(f"{root} is built already with these settings: nothing to do")
+    tokenizer = ranks.agree(lambda: load_tokenizer(settings.tokenizer))
+    hashes = hash_inputs(settings.input, ranks)
+    plan = ranks.agree(lambda: make_plan(settings, tokenizer, hashes))
+    builder = ranks.agree(lambda: unit_builder(settings, tokenizer, plan))
+    if is_finished(root, plan, settings, ranks):
         return
-    started = time.monotonic()
-    units = plan_units(settings.input, text_field=settings.text_field, unit_bytes=settings.unit_megabytes << 20)
-    builder = unit_builder(settings, tokenizer, plan)
-    prepare(root, plan, settings.overwrite)
-    records, built = [], Counts()
-    with tqdm(unit=" documents", file=sys.stderr, mininterval=1) as progress:
-        for unit in units:
-            progress.set_description(f"unit {unit.number + 1} of {len(units)}")
-            path = root / WORK_FOLDER / f"unit-{unit.number:06d}.json"
-            record = finished_record(root, path)
-            if record is None:
-                record = builder.build(unit, progress)
-                record.save(path)
-                built = sum(record.counts.values(), built)
-            records.append(record)
-    manifest = finish(root, plan, records, tokenizer)
-    print_summary(root, manifest, built.tokens, time.monotonic() - started)
+    with telling_what_to_do(root), only_job(root, ranks):
+        if is_finished(root, plan, settings, ranks):
+            return
+        started = time.monotonic()
+        units, inputs = ranks.share(lambda: planned_units(settings, plan), tuple[list[WorkUnit], list[int]])
+        ranks.agree(lambda: prepare(root, plan, settings.overwrite) if ranks.is_first else None)
+        job, deduplicate = Job(root, ranks, units), settings.deduplicate == "exact"
+        if deduplicate:
+            job.find_duplicates(bytes_of(settings.deduplicate_megabytes))
+        records, tokens = job.build(builder, deduplicate)
+        manifest = ranks.agree(lambda: finish(root, plan, records, inputs, tokenizer) if ranks.is_first else None)
+        if manifest is not None:
+            print_summary(root, manifest, tokens, time.monotonic() - started)
 
 
-def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> Manifest:
-    """What the rows will be made of: a manifest without counts.
+def is_finished(root: Path, plan: Manifest, settings: BuildSettings, ranks: Ranks) -> bool:
+    """Whether there is nothing to do, which it says. Fails as is_built does."""
+    finished = ranks.share(lambda: is_built(root, plan, settings.overwrite), bool)
+    if finished:
+        print(f"{root} is built already with these settings: nothing to do")
+    return finished
+
+
+# What is to be done
+
+
+def hash_inputs(names: Sequence[str], ranks: Ranks) -> dict[str, str]:
+    """Hashes of all files of the inputs, each read by one rank."""
+    files = ranks.share(lambda: [str(file) for name in names for file in input_files(name)], list[str])
+    mine = ranks.agree(lambda: {file: hash_file(Path(file)) for file in files[ranks.rank :: ranks.size]})
+    parts = ranks.gather(mine, dict[str, str])
+    return ranks.share(lambda: dict(ChainMap(*parts)), dict[str, str])
+
+
+def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, hashes: Mapping[str, str]) -> Manifest:
+    """What the rows will be made of: a manifest without counts. `hashes` are those of the inputs' files.
 
     Raises:
         ValueError: the tokenizer was trained on documents that are to be held out.
@@ -151,14 +188,42 @@ def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) -> Ma
                 f"{fraction}, and so on documents that are to be held out: train it with the same fraction"
             )
     fingerprint = tokenizer_fingerprint(tokenizer)
-    deciding = {**asdict(settings), "tokenizer": fingerprint, "row_length": row_length(settings)}
-    for name in ("input", "output", "overwrite"):
+    inputs = tuple(record_input(name, lambda file: hashes[str(file)]) for name in settings.input)
+    deciding = {
+        **asdict(settings),
+        "tokenizer": fingerprint,
+        "row_length": row_length(settings),
+        "unit_megabytes": settings.unit_megabytes or unit_megabytes(sum(each.bytes for each in inputs)),
+    }
+    for name in ("input", "output", "overwrite", "deduplicate_megabytes"):
         del deciding[name]
-    return Manifest(Origin(deciding, tuple(map(record_input, settings.input))), fingerprint, vocabulary_size(tokenizer))
+    return Manifest(Origin(deciding, inputs), fingerprint, vocabulary_size(tokenizer))
+
+
+def unit_megabytes(total_bytes: int) -> int:
+    """The size of work units for inputs of this size: many times as many as ranks, and large ones fill a shard."""
+    low, high = UNIT_MEGABYTES
+    return min(max(total_bytes // UNITS >> 20, low), high)
+
+
+def bytes_of(megabytes: float) -> int:
+    return max(1, int(megabytes * (1 << 20)))
+
+
+def planned_units(settings: BuildSettings, plan: Manifest) -> tuple[list[WorkUnit], list[int]]:
+    """All work units, none of which reads two inputs, and the number of the input that each is of."""
+    unit_bytes = bytes_of(plan.origin.settings["unit_megabytes"])
+    units, inputs = [], []
+    for number, name in enumerate(settings.input):
+        for unit in plan_units([name], text_field=settings.text_field, unit_bytes=unit_bytes):
+            units.append(replace(unit, number=len(units)))
+            inputs.append(number)
+    return units, inputs
 
 
 def unit_builder(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, plan: Manifest) -> UnitBuilder:
     """What turns units into shards by these settings."""
+    row_bytes = sum(field.row_bytes for field in plan.fields)
     return UnitBuilder(
         root=Path(settings.output),
         encode=text_encoder(tokenizer),
@@ -168,7 +233,7 @@ def unit_builder(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, pl
         seed=settings.seed,
         heldout_fraction=settings.heldout_fraction,
         rows_per_block=settings.rows_per_block,
-        blocks_per_shard=settings.blocks_per_shard,
+        blocks_per_shard=max(1, bytes_of(settings.shard_megabytes) // (settings.rows_per_block * row_bytes)),
     )
 
 
@@ -213,60 +278,17 @@ def _pair_layout(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) ->
     )
 
 
-# The folder
+# The end
 
 
-def is_built(root: Path, plan: Manifest, overwrite: bool) -> bool:
-    """Whether the folder is finished and as planned.
-
-    Raises:
-        ValueError: it was built otherwise, or is damaged, and may not be overwritten.
-    """
-    if not (root / MANIFEST_NAME).exists():
-        return False
-    faults = faults_of(Manifest.load, root, plan.origin) or faults_of(check_folder, root, plan.origin)
-    if faults and not overwrite:
-        raise refusal(root, faults)
-    return not faults
-
-
-def prepare(root: Path, plan: Manifest, overwrite: bool) -> None:
-    """Make the folder ready for units: empty, or with those that a build by the same plan has finished."""
-    work, ours = root / WORK_FOLDER, (TOKENIZER_FOLDER, *SPLITS)
-    plan_path = work / PLAN_NAME
-    if plan_path.exists():
-        faults = faults_of(Manifest.load_file, plan_path, plan.origin)
-        if not faults:
-            return
-        if not overwrite:
-            raise refusal(root, faults)
-    elif not work.exists() and not (root / MANIFEST_NAME).exists() and any((root / name).exists() for name in ours):
-        raise ValueError(f"{root} holds {', '.join(ours)} of another origin: choose another --output")
-    # The work folder stands first and the plan comes last: a kill in between leaves a folder that is known as ours.
-    work.mkdir(parents=True, exist_ok=True)
-    plan_path.unlink(missing_ok=True)
-    for record in work.iterdir():
-        record.unlink()
-    (root / MANIFEST_NAME).unlink(missing_ok=True)
-    for name in ours:
-        shutil.rmtree(root / name, ignore_errors=True)
-    for split in SPLITS:
-        (root / split).mkdir()
-    plan.save(plan_path)
-
-
-def finished_record(root: Path, path: Path) -> UnitRecord | None:
-    """The record of a unit, if it has one that can be read and its shards are there."""
-    try:
-        record = UnitRecord.load(path)
-    except ValueError:
-        return None
-    shards = [(root / split / shard.name, shard.bytes) for split in SPLITS for shard in record.shards[split]]
-    return None if any(size_fault(*shard) for shard in shards) else record
-
-
-def finish(root: Path, plan: Manifest, records: Sequence[UnitRecord], tokenizer: PreTrainedTokenizerFast) -> Manifest:
-    """Write indexes and tokenizer, and last the manifest, which says that the folder is whole.
+def finish(
+    root: Path,
+    plan: Manifest,
+    records: Sequence[UnitRecord],
+    inputs: Sequence[int],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Manifest:
+    """Write indexes, tokenizer and report, and last the manifest, which says that the folder is whole.
 
     Raises:
         ValueError: there are no rows to train on, or none to hold out although some were asked for.
@@ -275,7 +297,7 @@ def finish(root: Path, plan: Manifest, records: Sequence[UnitRecord], tokenizer:
     for split in SPLITS:
         indexes[split] = plan.index(chain.from_iterable(record.shards[split] for record in records))
         indexes[split].save(root / split)
-    manifest = plan.completed(records, indexes)
+    manifest = plan.completed(records, inputs, indexes)
     fraction = plan.origin.settings["heldout_fraction"]
     if not manifest.counts["train"].rows:
         raise ValueError(f"no document to train on: all are empty or held out (heldout_fraction {fraction})")
@@ -285,13 +307,13 @@ def finish(root: Path, plan: Manifest, records: Sequence[UnitRecord], tokenizer:
             "(a tokenizer trained on this text is trained anew with the same fraction)"
         )
     tokenizer.save_pretrained(root / TOKENIZER_FOLDER)
+    write_report(root, manifest)
     manifest.save(root / MANIFEST_NAME)
-    shutil.rmtree(root / WORK_FOLDER)
     return manifest
 
 
 def print_summary(root: Path, manifest: Manifest, tokens: int, seconds: float) -> None:
-    """What the folder holds, and the speed of this run, which built `tokens` of it."""
+    """What the folder holds, and the speed of this job, which built `tokens` of it."""
     for split, counts in manifest.counts.items():
         filled = counts.row_tokens / max(counts.rows * manifest.row_length, 1)
         print(
@@ -299,10 +321,28 @@ def print_summary(root: Path, manifest: Manifest, tokens: int, seconds: float) -
             f"({counts.unknown_tokens / max(counts.tokens, 1):.2%} unknown), {counts.rows:,} rows of "
             f"{manifest.row_length} ({filled:.1%} filled)"
         )
-    print(
-        f"{manifest.empty_documents:,} documents without prose left out; {tokens:,} tokens in {seconds:.1f} s, "
-        f"{tokens / seconds:,.0f} tokens/s"
-    )
+    total = sum(manifest.sources, SourceCounts())
+    dropped = [f"{tally.documents:,} {reason}" for reason, tally in sorted(total.dropped.items()) if tally.documents]
+    print(f"of {total.read.documents:,} documents dropped: {', '.join(dropped) or 'none'}; see {root / REPORT_NAME}")
+    print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def telling_what_to_do(root: Path) -> Iterator[None]:
+    """What the system refuses to write, with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            place = error.filename or root
+            raise ValueError(f"{place}: {error.strerror}: make room there; the same command goes on") from error
+        if isinstance(error, PermissionError):
+            place = error.filename or root
+            raise ValueError(f"{place}: {error.strerror}: change its rights, or choose another") from error
+        raise
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -30,7 +32,7 @@ from data_prep.shards import (
 )
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")
@@ -62,12 +64,52 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """A number of documents, and the bytes of their text in UTF-8."""
+
+    documents: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.documents + other.documents, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What became of the documents of an input: all that were read were kept, or dropped by some step.
+
+    Attributes:
+        read: before any step
+        dropped: by reason; `changed` holds no documents, but the bytes that steps took from the texts of others
+        kept: by split
+    """
+
+    read: Tally = Tally()
+    dropped: dict[str, Tally] = field(default_factory=dict)
+    kept: dict[str, Tally] = field(default_factory=dict)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.read + other.read, _merged(self.dropped, other.dropped), _merged(self.kept, other.kept))
+
+
+def _merged(one: Mapping[str, Tally], other: Mapping[str, Tally]) -> dict[str, Tally]:
+    return {name: one.get(name, Tally()) + other.get(name, Tally()) for name in (*one, *other)}
+
+
+@dataclass(frozen=True)
 class UnitRecord:
-    """What one finished work unit left: counts and shards of each split, and how many documents had no sentence."""
+    """What one finished work unit left.
+
+    Attributes:
+        counts, shards: of each split
+        source: what became of its documents
+        lengths: of the kept documents how many have 1, 2 to 3, 4 to 7, 8 to 15 ... tokens
+    """
 
     counts: dict[str, Counts]
     shards: dict[str, tuple[ShardRecord, ...]]
-    empty_documents: int
+    source: SourceCounts = SourceCounts()
+    lengths: tuple[int, ...] = ()
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -86,16 +128,18 @@ class Manifest:
     Attributes:
         origin: the settings of build_shards that decide the rows, and its inputs
         tokenizer_fingerprint, vocab_size: of the tokenizer in the folder
-        empty_documents: read, but without a sentence
         counts, indexes: for each split what went in, and the fingerprint of its index; empty in the plan of a build
+        sources: what became of the documents of each of the origin's inputs; empty in a plan
+        lengths: of the kept documents how many have 1, 2 to 3, 4 to 7, 8 to 15 ... tokens; empty in a plan
     """
 
     origin: Origin
     tokenizer_fingerprint: str
     vocab_size: int
-    empty_documents: int = 0
     counts: dict[str, Counts] = field(default_factory=dict)
     indexes: dict[str, str] = field(default_factory=dict)
+    sources: tuple[SourceCounts, ...] = ()
+    lengths: tuple[int, ...] = ()
     version: int = MANIFEST_VERSION
 
     def save(self, path: Path) -> None:
@@ -145,13 +189,22 @@ class Manifest:
         """The index of a split with these shards."""
         return ShardIndex(self.row_length, self.tokenizer_fingerprint, self.fields, tuple(shards))
 
-    def completed(self, records: Sequence[UnitRecord], indexes: Mapping[str, ShardIndex]) -> Self:
-        """The manifest of a finished build from its plan: the counts of all units, merged."""
+    def completed(
+        self, records: Sequence[UnitRecord], inputs: Sequence[int], indexes: Mapping[str, ShardIndex]
+    ) -> Self:
+        """The manifest of a finished build from its plan: the counts of all units, merged.
+
+        `inputs` has for each record the number of the input that its unit is of.
+        """
+        sources = [SourceCounts()] * len(self.origin.inputs)
+        for record, number in zip(records, inputs, strict=True):
+            sources[number] += record.source
         return replace(
             self,
-            empty_documents=sum(record.empty_documents for record in records),
             counts={split: sum((record.counts[split] for record in records), Counts()) for split in SPLITS},
             indexes={split: index.fingerprint for split, index in indexes.items()},
+            sources=tuple(sources),
+            lengths=tuple(map(sum, zip_longest(*(record.lengths for record in records), fillvalue=0))),
         )
 
 
@@ -180,9 +233,21 @@ def check_indexes(root: str | Path) -> Manifest:
     return manifest
 
 
-def verify(root: Path) -> list[str]:
-    """Every fault of a built folder: manifest, tokenizer, indexes, sizes, hashes and members of all shards."""
-    return _folder_faults(root, Manifest.load(root), ShardReader.verify)
+def verify(root: Path, part: int = 0, num_parts: int = 1, threads: int = 1) -> list[str]:
+    """Every fault of a built folder: manifest, tokenizer, indexes, sizes, hashes and members of all shards.
+
+    With several parts the shards are shared among them, each part's among `threads`; the rest every part looks at.
+    """
+
+    def check(reader: ShardReader) -> None:
+        own = range(part * threads, (part + 1) * threads)
+        with ThreadPoolExecutor(threads) as pool:  # hashing and reading need no interpreter
+            found = pool.map(lambda number: reader.faults(number, num_parts * threads), own)
+            faults = sorted(chain.from_iterable(found)) + reader.strays()
+        if faults:
+            raise CorruptShard(*faults)
+
+    return _folder_faults(root, Manifest.load(root), check)
 
 
 def _folder_faults(root: Path, manifest: Manifest, check_shards: Callable[[ShardReader], None]) -> list[str]:

@@ -53,8 +53,16 @@ class InputRecord:
         return f"{self.files} file(s) of {self.bytes} bytes with hash {self.xxh3_128}"
 
 
-def record_input(name: str) -> InputRecord:
-    """Size and hash of an input, which reads all of it once.
+def hash_source(file: Path) -> str:
+    """The hash of a file. Raises SourceError where it cannot be read."""
+    try:
+        return hash_file(file)
+    except OSError as error:
+        raise SourceError(f"{file}: {error.strerror or error}: make it readable, or leave it out") from None
+
+
+def record_input(name: str, hash_of: Callable[[Path], str] = hash_source) -> InputRecord:
+    """Size and hash of an input, which reads all of it once unless the hashes of its files are known.
 
     Raises:
         SourceError: a file cannot be read.
@@ -65,16 +73,9 @@ def record_input(name: str) -> InputRecord:
     size = sum(file.stat().st_size for file in files)
     root = resolve_input(name)
     if files == [root]:
-        return InputRecord(name, 1, size, _hash(root))
-    hashes = {file.relative_to(root).as_posix(): _hash(file) for file in files}
+        return InputRecord(name, 1, size, hash_of(root))
+    hashes = {file.relative_to(root).as_posix(): hash_of(file) for file in files}
     return InputRecord(name, len(files), size, hash_json(hashes))
-
-
-def _hash(file: Path) -> str:
-    try:
-        return hash_file(file)
-    except OSError as error:
-        raise SourceError(f"{file}: {error.strerror or error}: make it readable, or leave it out") from None
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,9 @@ class RecipeField:
 RECIPE = RecipeField("recipe", str, None, "YAML file of the fields below, sections nested.")
 UNKNOWN = RecipeField("", Any, MISSING, "")
 
+BAD_INPUT = 2
+"""Exit code of a command that cannot work with its input."""
+
 _adapter = cache(TypeAdapter)
 
 
@@ -105,7 +108,7 @@ def run_command(run: Callable[[], int | None]) -> int:
         return run() or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
 
 
 def load_settings(

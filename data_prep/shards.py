@@ -11,9 +11,10 @@ import tarfile
 import tokenize
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 import pydantic
@@ -141,7 +142,8 @@ class ShardIndex:
 class ShardWriter:
     """Writes rows to `<prefix>-0000.tar`, `<prefix>-0001.tar` ... in blocks; equal rows give equal bytes.
 
-    It holds one shard's rows in memory. A shard gets its name only when it is whole and on the disk.
+    It holds one block's rows in memory. A shard gets its name only when it is whole and on the disk: used as a context,
+    a writer removes what it has not finished where the body raises.
     """
 
     def __init__(
@@ -157,9 +159,17 @@ class ShardWriter:
         self.prefix = prefix
         self.fields = tuple(fields)
         self.rows_per_block = rows_per_block
-        self.rows_per_shard = rows_per_block * blocks_per_shard
+        self.blocks_per_shard = blocks_per_shard
         self.records: list[ShardRecord] = []
         self._waiting = {field.name: np.empty(field.shape(0), field.dtype) for field in fields}
+        self._shard: _OpenShard | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._shard is not None:
+            self._shard.stack.__exit__(*error)
 
     def write(self, rows: Mapping[str, np.ndarray]) -> None:
         """Append rows: for each field an array with the rows along its first axis."""
@@ -171,44 +181,77 @@ class ShardWriter:
                 raise ValueError(f"rows of {field.name}: {array.dtype}{list(array.shape)}, expected {expected}")
         waiting = {name: np.concatenate([array, rows[name]]) for name, array in self._waiting.items()}
         total = len(waiting[self.fields[0].name])
-        whole = total - total % self.rows_per_shard
-        for start in range(0, whole, self.rows_per_shard):
-            self._write_shard({name: array[start : start + self.rows_per_shard] for name, array in waiting.items()})
+        whole = total - total % self.rows_per_block
+        for start in range(0, whole, self.rows_per_block):
+            self._write_block({name: array[start : start + self.rows_per_block] for name, array in waiting.items()})
         self._waiting = {name: array[whole:].copy() for name, array in waiting.items()}
 
     def finish(self) -> list[ShardRecord]:
         """Write what is waiting and give the records of all shards, in order; none if there were no rows."""
         if len(self._waiting[self.fields[0].name]):
-            self._write_shard(self._waiting)
+            self._write_block(self._waiting)
+        self._close_shard()
         return self.records
 
-    def _write_shard(self, rows: Mapping[str, np.ndarray]) -> None:
-        stem = f"{self.prefix}-{len(self.records):04d}"
-        counts, offsets, content = _tar_of_blocks(stem, self.fields, rows, self.rows_per_block)
-        with atomic_file(self.folder / f"{stem}.tar") as file:
-            file.write(content)
-        digest = xxhash.xxh3_128_hexdigest(content)
-        self.records.append(ShardRecord(f"{stem}.tar", len(content), digest, counts, offsets))
+    def _write_block(self, rows: Mapping[str, np.ndarray]) -> None:
+        if self._shard is None:
+            self._shard = _OpenShard(self.folder, f"{self.prefix}-{len(self.records):04d}", self.fields)
+        self._shard.write(rows)
+        if len(self._shard.rows) == self.blocks_per_shard:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self.records.append(self._shard.close())
+            self._shard = None
 
 
-def _tar_of_blocks(
-    stem: str, fields: Sequence[Field], rows: Mapping[str, np.ndarray], rows_per_block: int
-) -> tuple[list[int], dict[str, list[int]], memoryview]:
-    """Rows of each block, byte offsets of each field's blocks, and the tar itself."""
-    from webdataset import TarWriter  # takes seconds; training imports this module for the reader alone
+class _OpenShard:
+    """A shard under way, in a file that has not got its name yet."""
 
-    counts: list[int] = []
-    offsets: dict[str, list[int]] = {field.name: [] for field in fields}
-    buffer = io.BytesIO()
-    with TarWriter(buffer, encoder=False, user="spikelm", group="spikelm", mtime=0) as tar:
-        for block, start in enumerate(range(0, len(rows[fields[0].name]), rows_per_block)):
-            for field in fields:
-                array = np.ascontiguousarray(rows[field.name][start : start + rows_per_block])
-                npy = _npy_bytes(array)
-                offsets[field.name].append(tar.tarstream.offset + tarfile.BLOCKSIZE + len(npy) - array.nbytes)
-                tar.write({"__key__": f"{stem}-{block:05d}", f"{field.name}.npy": npy})
-            counts.append(len(array))
-    return counts, offsets, buffer.getbuffer()
+    def __init__(self, folder: Path, stem: str, fields: Sequence[Field]) -> None:
+        from webdataset import TarWriter  # takes seconds; training imports this module for the reader alone
+
+        self.stem = stem
+        self.fields = fields
+        self.rows: list[int] = []
+        self.offsets: dict[str, list[int]] = {field.name: [] for field in fields}
+        self.stack = ExitStack()
+        self._file = _HashedFile(self.stack.enter_context(atomic_file(folder / f"{stem}.tar")))
+        self._tar = TarWriter(self._file, encoder=False, user="spikelm", group="spikelm", mtime=0)
+
+    def write(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Append one block."""
+        for field in self.fields:
+            array = np.ascontiguousarray(rows[field.name])
+            npy = _npy_bytes(array)
+            self.offsets[field.name].append(self._tar.tarstream.offset + tarfile.BLOCKSIZE + len(npy) - array.nbytes)
+            self._tar.write({"__key__": f"{self.stem}-{len(self.rows):05d}", f"{field.name}.npy": npy})
+        self.rows.append(len(array))
+
+    def close(self) -> ShardRecord:
+        """Give the file its name."""
+        self._tar.close()
+        self.stack.close()
+        digest = self._file.digest.hexdigest()
+        return ShardRecord(f"{self.stem}.tar", self._file.bytes, digest, self.rows, self.offsets)
+
+
+class _HashedFile:
+    """A binary file that can be written from start to end, and the xxh3-128 of its `bytes`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.digest = xxhash.xxh3_128()
+        self.bytes = 0
+        self._file = file
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.bytes += len(content)
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        return self.bytes
 
 
 def _npy_bytes(array: np.ndarray) -> bytes:
@@ -341,12 +384,14 @@ class ShardReader:
         Raises:
             CorruptShard: with every fault found.
         """
-        index, faults = ShardIndex.load(self.folder), self.faults()
-        known = {shard.name for shard in index.shards}
-        strays = sorted(path for path in self.folder.glob("*.tar") if path.name not in known)
-        faults += [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]
-        if faults:
+        if faults := self.faults() + self.strays():
             raise CorruptShard(*faults)
+
+    def strays(self) -> list[str]:
+        """Tars in the folder that the index does not name."""
+        known = {name for name, *_ in self._files}
+        strays = sorted(path for path in self.folder.glob("*.tar") if path.name not in known)
+        return [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]
 
 
 def size_fault(path: Path, size: int) -> str | None:

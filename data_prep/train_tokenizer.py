@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.files import read_record, write_json
 from data_prep.origin import Inputs, Origin, faults_of, record_input, refusal
+from data_prep.ranks import launched_as, refuse_apart
 from data_prep.recipes import BelowOne, FolderName, load_settings, run_command, strict
 from data_prep.sources import hash_share, is_heldout, plan_units, read_unit
 from data_prep.tokenization import TRAINING_RECORD, TrainingRecord, load_tokenizer, tokenizer_fingerprint
@@ -64,6 +65,9 @@ class TokenizerSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    size = launched_as()[1]
+    if size > 1:
+        return refuse_apart(ValueError(f"{size} processes were started, but one trains a tokenizer: start one"))
     return run_command(lambda: train(load_settings(TokenizerSettings, argv, "python -m data_prep.train_tokenizer")))
 
 

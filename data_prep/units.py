@@ -1,14 +1,15 @@
 """One work unit to shards: documents, sentences, tokens, rows, tars; a function of the unit and the settings alone."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from data_prep.manifest import SPLITS, Counts, UnitRecord
+from data_prep.manifest import SPLITS, Counts, SourceCounts, Tally, UnitRecord
 from data_prep.packing import RowLayout, TokenizedDocument
 from data_prep.shards import Field, ShardRecord, ShardWriter
 from data_prep.sources import Document, WorkUnit, is_heldout, read_unit
@@ -16,6 +17,52 @@ from data_prep.tokenization import TokenEncoder
 
 POOL_TOKENS = 1 << 22  # of neighbouring documents, among which random second segments are drawn
 BATCH_CHARACTERS = 1 << 20  # of documents that are tokenized together
+
+Step = Callable[[str], tuple[str | None, str | None]]
+"""A pure function from a document's text to the text to go on with and None, or to None and why it is dropped."""
+
+Count = Callable[[int, int], None]
+"""Is told of documents and tokens that are done, for a progress bar."""
+
+
+@dataclass
+class Screen:
+    """What documents of a unit pass on their way: steps in their order, and repeats found before.
+
+    Attributes:
+        steps: what may change a text or drop it
+        repeats: numbers of documents of the unit that are dropped for what other documents hold, with the reason
+        read, dropped: what came in, and what was left out, as in SourceCounts
+    """
+
+    steps: Sequence[Step] = ()
+    repeats: Mapping[int, str] = field(default_factory=dict)
+    read: Tally = Tally()
+    dropped: dict[str, Tally] = field(default_factory=dict)
+
+    def documents(self, unit: WorkUnit) -> Iterator[tuple[int, Document]]:
+        """The documents that pass, each with its number in the unit."""
+        for number, document in enumerate(read_unit(unit)):
+            text, reason = document.text, None
+            num_bytes = len(text.encode())
+            self.read += Tally(1, num_bytes)
+            for step in self.steps:
+                text, reason = step(text)
+                if reason:
+                    break
+            if reason := reason or self.repeats.get(number):
+                self.drop(reason, num_bytes)
+                continue
+            if text != document.text:
+                self._count("changed", Tally(0, num_bytes - len(text.encode())))
+            yield number, Document(document.id, text)
+
+    def drop(self, reason: str, num_bytes: int) -> None:
+        """Count a document of `num_bytes` that is left out."""
+        self._count(reason, Tally(1, num_bytes))
+
+    def _count(self, reason: str, tally: Tally) -> None:
+        self.dropped[reason] = self.dropped.get(reason, Tally()) + tally
 
 
 @dataclass(frozen=True)
@@ -38,20 +85,28 @@ class UnitBuilder:
     rows_per_block: int
     blocks_per_shard: int
 
-    def build(self, unit: WorkUnit, progress: tqdm) -> UnitRecord:
-        """Write the unit's shards; `progress` counts documents."""
-        splits = {name: _Split(self, name, unit.number) for name in SPLITS}
-        empty_documents = 0
-        for documents in _batches(read_unit(unit)):
-            for document, pieces in zip(documents, self._tokenize(documents), strict=True):
-                if any(pieces):
-                    name = "heldout" if is_heldout(document.text, self.heldout_fraction) else "train"
-                    splits[name].add(pieces, len(document.text.encode()))
-                else:
-                    empty_documents += 1
-            progress.update(len(documents))
-        shards = {name: split.finish() for name, split in splits.items()}
-        return UnitRecord({name: split.counts for name, split in splits.items()}, shards, empty_documents)
+    def build(self, unit: WorkUnit, screen: Screen, count: Count) -> UnitRecord:
+        """Write the shards of those documents of the unit that pass the screen."""
+        lengths: Counter[int] = Counter()
+        with ExitStack() as stack:
+            splits = {name: stack.enter_context(_Split(self, name, unit.number)) for name in SPLITS}
+            for documents in _batches(document for _, document in screen.documents(unit)):
+                tokens = 0
+                for document, pieces in zip(documents, self._tokenize(documents), strict=True):
+                    num_bytes, num_tokens = len(document.text.encode()), sum(map(len, pieces))
+                    if num_tokens:
+                        name = "heldout" if is_heldout(document.text, self.heldout_fraction) else "train"
+                        splits[name].add(pieces, num_bytes)
+                        lengths[num_tokens.bit_length() - 1] += 1
+                    else:
+                        screen.drop("empty", num_bytes)
+                    tokens += num_tokens
+                count(len(documents), tokens)
+            shards = {name: split.finish() for name, split in splits.items()}
+        counts = {name: split.counts for name, split in splits.items()}
+        kept = {name: Tally(each.documents, each.bytes) for name, each in counts.items()}
+        source = SourceCounts(screen.read, screen.dropped, kept)
+        return UnitRecord(counts, shards, source, tuple(lengths[size] for size in range(max(lengths, default=-1) + 1)))
 
     def _tokenize(self, documents: Sequence[Document]) -> list[list[list[int]]]:
         """Token ids of each piece of each document."""
@@ -90,6 +145,12 @@ class _Split:
         self.num_pools = 0
         self.pool: list[TokenizedDocument] = []
         self.pool_tokens = 0
+
+    def __enter__(self) -> "_Split":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.writer.__exit__(*error)
 
     def add(self, pieces: Sequence[Sequence[int]], num_bytes: int) -> None:
         document = self.builder.layout.join(pieces)

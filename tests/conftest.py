@@ -30,7 +30,8 @@ def tiny_shards(tmp_path_factory):
     tokenizer, shards = str(folder / "tokenizer"), str(folder / "shards")
     split = ["--input", WIKIPEDIA, "--heldout_fraction", "0.01"]
     assert train_tokenizer.main([*split, "--kind", "wordpiece", "--vocab_size", "256", "--output", tokenizer]) == 0
-    assert build_shards.main([*split, "--tokenizer", tokenizer, "--output", shards, "--row_length", "32"]) == 0
+    rows = ["--row_length", "32", "--shard_megabytes", "1.1"]  # several shards
+    assert build_shards.main([*split, *rows, "--tokenizer", tokenizer, "--output", shards]) == 0
     return folder / "shards"
 
 

@@ -31,6 +31,7 @@ SHARED_BY_DATA_PREP = {
     f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "sources", "tokenization")
 }
 DEEPSPEED_MODULES = {"pipeline.engine", "pipeline.checkpoint"}
+MPI_MODULES = {"data_prep.ranks"}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 REQUIRED_BY_OTHERS = {"ninja", "protobuf", "tensorboard"}  # DeepSpeed's operators and monitor, sentencepiece's models
 HEAVY_MODULES = ("deepspeed", "triton", "mpi4py", "datasets")
@@ -123,7 +124,7 @@ def outside_faults(sources):
         tops = {name.split(".")[0] for name in imported_names(source, importer)}
         if "deepspeed" in tops and importer not in DEEPSPEED_MODULES:
             faults.append(f"{importer} imports deepspeed")
-        if "mpi4py" in tops and not (importer.startswith("data_prep.") and is_command(source)):
+        if "mpi4py" in tops and importer not in MPI_MODULES:
             faults.append(f"{importer} imports mpi4py")
         faults += [f"{importer} imports {name}" for name in sorted(tops & UNSAFE_MODULES)]
     return faults
@@ -198,6 +199,11 @@ BROKEN = [
     (place_faults, {"models.a": "    from models.b import x".strip()}, "models.a imports a sibling otherwise"),
     (outside_faults, {"pipeline.trainer": "def f():\n    import deepspeed.comm"}, "pipeline.trainer imports deepspeed"),
     (outside_faults, {"data_prep.shards": "from mpi4py import MPI"}, "data_prep.shards imports mpi4py"),
+    (
+        outside_faults,
+        {"data_prep.build_shards": "def f():\n    from mpi4py import MPI\n" + COMMAND},
+        "data_prep.build_shards imports mpi4py",
+    ),
     (outside_faults, {"pipeline.loader": "import pickle"}, "pipeline.loader imports pickle"),
     (unsafe_call_faults, {"a": "np.load(f, allow_pickle=True)"}, "a, line 1: allow_pickle"),
     (unsafe_call_faults, {"a": "torch.load(f)"}, "a, line 1: torch.load without weights_only=True"),
@@ -217,7 +223,8 @@ def test_the_rules_let_the_architecture_pass():
         "models.layers": "from .neuron import f\nimport torch",
         "models.neuron": "",
         "data_prep.shards": "import numpy",
-        "data_prep.build_shards": "from mpi4py import MPI\nfrom data_prep.shards import w\n" + COMMAND,
+        "data_prep.ranks": "def f():\n    from mpi4py import MPI",
+        "data_prep.build_shards": "from data_prep.ranks import r\nfrom data_prep.shards import w\n" + COMMAND,
         "pipeline.order": "",
         "pipeline.loader": "from data_prep.shards import r\nfrom pipeline.order import o",
         "pipeline.engine": "import deepspeed\nfrom models.layers import b",
@@ -273,8 +280,8 @@ def test_every_requirement_is_pinned_within_its_range():
     assert "+" not in pins["torch"]
 
 
-OPTIONAL = {"triton"}
-"""What torch brings with it where there is a GPU, and nothing needs elsewhere."""
+OPTIONAL = {"triton", "mpi4py"}
+"""What torch brings with it where there is a GPU, and what several processes build shards by; nothing needs either."""
 
 
 def test_what_is_imported_is_required_and_what_is_required_is_imported():

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.manifest import SPLITS, Counts, Manifest, UnitRecord, check_folder, rebuild_indexes, verify
+from data_prep.manifest import (
+    SPLITS,
+    Counts,
+    Manifest,
+    SourceCounts,
+    Tally,
+    UnitRecord,
+    check_folder,
+    rebuild_indexes,
+    verify,
+)
 from data_prep.origin import InputRecord, Origin, record_input
 from data_prep.shards import CorruptShard, ShardIndex, ShardReader, ShardRecord, ShardWriter
 from data_prep.tokenization import load_tokenizer
@@ -27,6 +37,9 @@ trees = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=6
 )
 counts = st.builds(Counts, *[sizes] * 6)
+tallies = st.dictionaries(names, st.builds(Tally, sizes, sizes), max_size=2)
+sources = st.builds(SourceCounts, st.builds(Tally, sizes, sizes), tallies, tallies)
+lengths = st.lists(sizes, max_size=3).map(tuple)
 manifests = st.builds(
     Manifest,
     origin=st.builds(
@@ -36,15 +49,17 @@ manifests = st.builds(
     ),
     tokenizer_fingerprint=names,
     vocab_size=sizes,
-    empty_documents=sizes,
     counts=st.dictionaries(names, counts, max_size=2),
     indexes=st.dictionaries(names, names, max_size=2),
+    sources=st.lists(sources, max_size=2).map(tuple),
+    lengths=lengths,
 )
 units = st.builds(
     UnitRecord,
     counts=st.fixed_dictionaries(dict.fromkeys(SPLITS, counts)),
     shards=st.just(dict.fromkeys(SPLITS, ())),
-    empty_documents=sizes,
+    source=sources,
+    lengths=lengths,
 )
 
 
@@ -102,7 +117,11 @@ def load_index(path):
 SHARD = ShardRecord("train-000000-0000.tar", 1024, "aa", [3, 2], {field.name: [128, 512] for field in PLAN.fields})
 RECORDS = [
     (Manifest.load_file, "manifest.json", replace(PLAN, counts={"train": Counts(1, 2)}, indexes={"train": "x"})),
-    (UnitRecord.load, "unit-000000.json", UnitRecord({"train": Counts(1, 2)}, {"train": (SHARD,)}, 3)),
+    (
+        UnitRecord.load,
+        "unit-000000.json",
+        UnitRecord({"train": Counts(1, 2)}, {"train": (SHARD,)}, SourceCounts(Tally(3)), (1,)),
+    ),
     (load_index, "index.json", PLAN.index([SHARD])),
 ]
 
@@ -127,11 +146,11 @@ def test_an_edited_record_loads_or_is_refused_by_name(tmp_path_factory, load, na
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "manifest.json: version 1, expected 2"),
+        ({"version": 1}, "manifest.json: version 1, expected 3"),
         ({"vocab_size": "many"}, "vocab_size: Input should be a valid integer"),
         ({"surprise": 1}, "surprise: Unexpected keyword argument"),
         ({"a\x1eb": 1}, r"json: 'a\\x1eb': Unexpected keyword argument"),  # which would end a line
-        ({"version": "\x1e"}, r"version '\\x1e', expected 2"),
+        ({"version": "\x1e"}, r"version '\\x1e', expected 3"),
         ({"origin": {"settings": {}}}, "origin.inputs: Field required"),
         ({"origin": {"settings": {}, "inputs": []}}, r"manifest.json: origin\.settings\.row_length is None"),
         ({"origin": {"settings": {"row_length": True}, "inputs": []}}, "row_length is True"),
@@ -148,7 +167,7 @@ def test_what_is_no_manifest_is_refused(tmp_path, changes, message):
         Manifest.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"version": 2, "origin": ' * 5000], ids=["list", "object"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"version": 3, "origin": ' * 5000], ids=["list", "object"])
 def test_json_nested_too_deep_is_refused_by_name(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match="manifest.json cannot be read as JSON"):
@@ -161,37 +180,56 @@ def test_a_missing_manifest_names_the_command(tmp_path):
 
 
 def test_counts_of_units_are_merged():
+    shards = {"train": (), "heldout": ()}
+    dropped = {"empty": Tally(1, 2)}
     records = [
-        UnitRecord({"train": Counts(1, 2, 3, 0, 4, 5), "heldout": Counts()}, {"train": (), "heldout": ()}, 1),
-        UnitRecord({"train": Counts(10, 20, 30, 1, 40, 50), "heldout": Counts(1)}, {"train": (), "heldout": ()}, 2),
+        UnitRecord({"train": Counts(1, 2, 3, 0, 4, 5), "heldout": Counts()}, shards, SourceCounts(Tally(1, 9)), (1,)),
+        UnitRecord(
+            {"train": Counts(10, 20, 30, 1, 40, 50), "heldout": Counts(1)},
+            shards,
+            SourceCounts(Tally(2, 8), dropped, {"train": Tally(1, 6)}),
+            (1, 0, 7),
+        ),
+        UnitRecord({"train": Counts(), "heldout": Counts()}, shards, SourceCounts(Tally(3, 7), dropped)),
     ]
-    merged = PLAN.completed(records, {"train": PLAN.index(())})
+    merged = PLAN.completed(records, [1, 0, 0], {"train": PLAN.index(())})
     assert merged.counts == {"train": Counts(11, 22, 33, 1, 44, 55), "heldout": Counts(1)}
-    assert merged.empty_documents == 3
+    assert merged.sources == (
+        SourceCounts(Tally(5, 15), {"empty": Tally(2, 4)}, {"train": Tally(1, 6)}),
+        SourceCounts(Tally(1, 9)),
+    )
+    assert merged.lengths == (2, 0, 7)
     assert merged.origin == PLAN.origin
 
 
 @settings(max_examples=40)
 @given(records=st.lists(units, max_size=6), data=st.data())
 def test_counts_merge_alike_in_any_order_and_any_groups(records, data):
-    def numbers(manifest):
-        return [manifest.empty_documents, *(astuple(manifest.counts[split]) for split in SPLITS)]
+    def merged(parts):
+        return PLAN.completed(parts, [0] * len(parts), {})
 
-    expected = [sum(record.empty_documents for record in records)]
+    def numbers(manifest):
+        lengths = [*manifest.lengths, 0, 0, 0][:3]
+        return [manifest.sources[0], lengths, *(astuple(manifest.counts[split]) for split in SPLITS)]
+
+    expected = [
+        reduce(SourceCounts.__add__, (record.source for record in records), SourceCounts()),
+        [sum(([*record.lengths, 0, 0, 0])[power] for record in records) for power in range(3)],
+    ]
     for split in SPLITS:
         expected.append(
             tuple(sum(astuple(record.counts[split])[item] for record in records) for item in range(len(fields(Counts))))
         )
     shuffled = data.draw(st.permutations(records))
     cut = data.draw(st.integers(0, len(records)))
-    parts = [PLAN.completed(part, {}) for part in (shuffled[:cut], shuffled[cut:])]
-    groups = [UnitRecord(part.counts, dict.fromkeys(SPLITS, ()), part.empty_documents) for part in parts]
+    parts = [merged(part) for part in (shuffled[:cut], shuffled[cut:])]
+    groups = [UnitRecord(part.counts, dict.fromkeys(SPLITS, ()), part.sources[0], part.lengths) for part in parts]
     for together in (records, shuffled, groups):
-        assert numbers(PLAN.completed(together, {})) == expected
+        assert numbers(merged(together)) == expected
 
 
 def test_unit_records_come_back(tmp_path):
-    record = UnitRecord({"train": Counts(1)}, {"train": ()}, 1)
+    record = UnitRecord({"train": Counts(1)}, {"train": ()}, SourceCounts(Tally(1), {"empty": Tally(2)}), (0, 1))
     record.save(tmp_path / "unit.json")
     assert UnitRecord.load(tmp_path / "unit.json") == record
 
@@ -224,7 +262,11 @@ def test_the_record_of_a_folder_follows_names_and_contents(tmp_path):
 def test_real_shards_are_sound_and_complete(tiny_shards):
     assert verify(tiny_shards) == []
     manifest = Manifest.load(tiny_shards)
-    assert sum(counts.documents for counts in manifest.counts.values()) + manifest.empty_documents == 106
+    (source,) = manifest.sources
+    assert source.read.documents == 106
+    assert sum((*source.dropped.values(), *source.kept.values()), Tally()) == source.read
+    for split, counts in manifest.counts.items():
+        assert source.kept[split] == Tally(counts.documents, counts.bytes)
     for split in ("train", "heldout"):
         reader, counts = ShardReader(tiny_shards / split), manifest.counts[split]
         assert (len(reader), reader.fingerprint) == (counts.rows, manifest.indexes[split])
@@ -359,7 +401,7 @@ def test_rebuilt_indexes_go_by_number_not_by_name(tmp_path, pair_rows):
             writer.write(pair_rows(5, 8, seed=unit))
             records.append((split, writer.finish()[0]))
     indexes = {split: PLAN.index(shard for where, shard in records if where == split) for split in SPLITS}
-    PLAN.completed((), indexes).save(tmp_path / "manifest.json")
+    PLAN.completed((), (), indexes).save(tmp_path / "manifest.json")
     assert rebuild_indexes(tmp_path) == []
     assert ShardIndex.load(tmp_path / "train") == indexes["train"]
 

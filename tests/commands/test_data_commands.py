@@ -48,7 +48,7 @@ def train(corpus, output, *more, kind="wordpiece", vocab_size=256):
 
 
 def build(corpus, tokenizer, output, *more):
-    arguments = ["--row_length=24", f"--heldout_fraction={HELDOUT}", "--rows_per_block=16", "--blocks_per_shard=2"]
+    arguments = ["--row_length=24", f"--heldout_fraction={HELDOUT}", "--rows_per_block=16", "--shard_megabytes=0.002"]
     return build_shards.main([*corpus, tokenizer, f"--output={output}", *arguments, *more])
 
 
@@ -147,25 +147,30 @@ def test_what_is_built_is_left_alone(corpus, tokenizer, tmp_path, capsys):
     assert times(output) == before
 
 
-def test_a_killed_build_goes_on_after_its_last_unit(corpus, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("killed_at", "expected"),
+    [(2, [0, 1, 1, 2, 0, 1, 2]), (5, [0, 1, 2, 0, 1, 1, 2])],
+    ids=["looking for duplicates", "building"],
+)
+def test_a_killed_build_goes_on_after_its_last_unit(corpus, tokenizer, tmp_path, monkeypatch, killed_at, expected):
     whole, output = tmp_path / "whole", tmp_path / "shards"
     build(corpus, tokenizer, whole)
     read = []
 
-    def killed_in_the_second(unit):
+    def killed(unit):
         read.append(unit.number)
         for number, document in enumerate(read_unit(unit)):
-            if unit.number == 1 and number == 10:
+            if len(read) == killed_at and number == 10:
                 raise KeyboardInterrupt
             yield document
 
-    monkeypatch.setattr(units, "read_unit", killed_in_the_second)
+    monkeypatch.setattr(units, "read_unit", killed)
     with pytest.raises(KeyboardInterrupt):
         build(corpus, tokenizer, output)
     assert not (output / "manifest.json").exists()
     monkeypatch.setattr(units, "read_unit", lambda unit: read.append(unit.number) or read_unit(unit))
     assert build(corpus, tokenizer, output) == 0
-    assert read == [0, 1, 1, 2]
+    assert read == expected
     assert contents(output) == contents(whole)
 
 
@@ -227,7 +232,7 @@ def test_damage_is_found_and_mended(corpus, tokenizer, tmp_path, capsys):
 def _older_manifest(output):
     content = json.loads((output / "manifest.json").read_text())
     (output / "manifest.json").write_text(json.dumps({**content, "version": 0}))
-    return "manifest.json: version 0, expected 2"
+    return "manifest.json: version 0, expected 3"
 
 
 def _no_index(output):
@@ -262,7 +267,7 @@ def test_an_older_unfinished_build_is_refused_and_then_overwritten(corpus, token
     plan = output / ".build" / "plan.json"
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "version": 0}))
     assert build(corpus, tokenizer, output) == 2
-    assert "plan.json: version 0, expected 2" in capsys.readouterr().err
+    assert "plan.json: version 0, expected 3" in capsys.readouterr().err
     assert build(corpus, tokenizer, output, "--overwrite") == 0
     assert verify_shards.main([str(output)]) == 0
 
