@@ -32,7 +32,7 @@ def report_text(manifest: Manifest) -> str:
         [f"Rows of {manifest.row_length} tokens, layout {manifest.layout}, {manifest.vocab_size:,} token ids.", ""],
         ["## Documents by input", ""],
         _source_table(manifest, total),
-        ["", *_sum_check(total), ""],
+        ["", *_sum_check(total), *_skipped(total), ""],
         ["## Rows by split", ""],
         _split_table(manifest),
         ["", f"![documents by input and step, and by length]({PLOT_NAME})", ""],
@@ -71,6 +71,11 @@ def _sum_check(total: SourceCounts) -> list[str]:
     left = sum((*total.dropped.values(), *total.kept.values()), Tally())
     verdict = "which is all that was read" if left == total.read else "which is NOT what was read"
     return [f"Dropped and kept together: {left.documents:,} documents, {left.bytes:,} bytes, {verdict}."]
+
+
+def _skipped(total: SourceCounts) -> list[str]:
+    reasons = [f"{count:,} for: {reason}" for reason, count in sorted(total.skipped.items())]
+    return ["", f"Besides, what could not be read was left out: {'; '.join(reasons)}."] if reasons else []
 
 
 def _split_table(manifest: Manifest) -> list[str]:

@@ -11,19 +11,22 @@ import time
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.build_job import Job
+from data_prep.build_job import Job, KeysOf
 from data_prep.build_report import REPORT_NAME, write_report
-from data_prep.files import hash_file, read_record
+from data_prep.duplicates import words_key
+from data_prep.files import read_record
+from data_prep.filters import QualityRules, Steps, StepSettings
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, SourceCounts, UnitRecord
-from data_prep.origin import Inputs, Origin, record_input
+from data_prep.near_duplicates import BandKeys, NearDuplicateSettings
+from data_prep.origin import Inputs, Origin, hash_source, record_input
 from data_prep.packing import CausalLayout, PairLayout, RowLayout
 from data_prep.ranks import Ranks, run_ranks
 from data_prep.recipes import BelowOne, FolderName, Rule, Share, load_settings, strict
@@ -39,7 +42,7 @@ from data_prep.tokenization import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from data_prep.units import UnitBuilder
+from data_prep.units import Step, UnitBuilder
 from data_prep.work_folder import is_built, only_job, prepare
 
 UNITS = 1024
@@ -56,7 +59,8 @@ class BuildSettings:
     """Build shards of rows from raw text. Started again, it goes on after the last finished work unit."""
 
     input: Inputs
-    """Wikipedia .xml or .xml.bz2, .jsonl, .txt, a folder of such files, or package://NAME/FILE; may be repeated."""
+    """Wikipedia .xml or .xml.bz2, .txt, .jsonl, .csv (.gz and .zst, too), .parquet, .arrow or .tar, a folder of such
+    files or one that `datasets` saved, package://NAME/FILE, or hub://NAME[:CONFIG][@SPLIT]; may be repeated."""
 
     tokenizer: Annotated[FolderName, AfterValidator(check_tokenizer_folder)]
     """Folder of a transformers tokenizer, such as data_prep.train_tokenizer writes."""
@@ -95,9 +99,18 @@ class BuildSettings:
     """Size of a work unit, which is what one process reads at a time and what is done again after a kill, and which has
     shards of its own; null: a 1,024th of the inputs, but 8 at least and 512 at most, which fills a shard."""
 
-    deduplicate: Literal["exact", "off"] = "exact"
+    on_error: Literal["raise", "skip"] = "raise"
+    """What is done where an input is broken: raise ends the build; skip leaves out what cannot be read, and reports how
+    much of it there was, by reason."""
+
+    steps: StepSettings = StepSettings()
+
+    deduplicate: Literal["exact", "near", "off"] = "exact"
     """exact: of documents with the same words, whatever their case and spaces, the first alone is kept: a text that is
-    there twice is rarely meant to be learned twice. For that the inputs are read once more. off: all are kept."""
+    there twice is rarely meant to be learned twice. near: besides, of documents that share most of their runs of words.
+    For both the inputs are read once more. off: all are kept."""
+
+    near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
 
     deduplicate_megabytes: Megabytes = 1024
     """Memory that each process may take for hashes of documents; where it is too little, they are compared in parts."""
@@ -115,7 +128,27 @@ def _pair_faults(layout: str, random_next_probability: float, short_row_probabil
             yield f"{name}: {value} has no effect on causal rows, which have no pairs: leave it out"
 
 
-RULES = (Rule(("layout", "random_next_probability", "short_row_probability"), _pair_faults),)
+def _needing(
+    section: str, settings_type: type, switch: str, off: Sequence[Any], remedy: str, names: Sequence[str] = ()
+) -> Rule:
+    """A rule: fields of a section, all or those named, have no effect while the field `switch` has a value of `off`."""
+    defaults = {field.name: field.default for field in fields(settings_type) if field.name in names or not names}
+
+    def faults(setting: Any, *values: Any) -> Iterator[str]:
+        for (name, default), value in zip(defaults.items(), values, strict=True):
+            if setting in off and value != (list(default) if isinstance(default, tuple) else default):
+                yield f"{section}.{name}: {value} has no effect with {switch} {setting}: {remedy}, or leave it out"
+
+    return Rule((switch, *(f"{section}.{name}" for name in defaults)), faults)
+
+
+EVALUATION = ("decontaminate_text_field", "ngram_words", "shortest_words")
+RULES = (
+    Rule(("layout", "random_next_probability", "short_row_probability"), _pair_faults),
+    _needing("steps", StepSettings, "steps.decontaminate", [[]], "name data in steps.decontaminate", EVALUATION),
+    _needing("steps.quality", QualityRules, "steps.check_quality", [False], "set steps.check_quality"),
+    _needing("near_duplicates", NearDuplicateSettings, "deduplicate", ["exact", "off"], "set deduplicate to near"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,10 +178,10 @@ def build(settings: BuildSettings, ranks: Ranks) -> None:
         started = time.monotonic()
         units, inputs = ranks.share(lambda: planned_units(settings, plan), tuple[list[WorkUnit], list[int]])
         ranks.agree(lambda: prepare(root, plan, settings.overwrite) if ranks.is_first else None)
-        job, deduplicate = Job(root, ranks, units), settings.deduplicate == "exact"
-        if deduplicate:
-            job.find_duplicates(bytes_of(settings.deduplicate_megabytes))
-        records, tokens = job.build(builder, deduplicate)
+        steps = ranks.agree(lambda: steps_of(settings.steps))
+        job = Job(root, ranks, units, steps, comparisons_of(settings), settings.on_error == "skip")
+        job.find_repeats(bytes_of(settings.deduplicate_megabytes))
+        records, tokens = job.build(builder)
         manifest = ranks.agree(lambda: finish(root, plan, records, inputs, tokenizer) if ranks.is_first else None)
         if manifest is not None:
             print_summary(root, manifest, tokens, time.monotonic() - started)
@@ -168,7 +201,7 @@ def is_finished(root: Path, plan: Manifest, settings: BuildSettings, ranks: Rank
 def hash_inputs(names: Sequence[str], ranks: Ranks) -> dict[str, str]:
     """Hashes of all files of the inputs, each read by one rank."""
     files = ranks.share(lambda: [str(file) for name in names for file in input_files(name)], list[str])
-    mine = ranks.agree(lambda: {file: hash_file(Path(file)) for file in files[ranks.rank :: ranks.size]})
+    mine = ranks.agree(lambda: {file: hash_source(Path(file)) for file in files[ranks.rank :: ranks.size]})
     parts = ranks.gather(mine, dict[str, str])
     return ranks.share(lambda: dict(ChainMap(*parts)), dict[str, str])
 
@@ -197,7 +230,37 @@ def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, hashe
     }
     for name in ("input", "output", "overwrite", "deduplicate_megabytes"):
         del deciding[name]
-    return Manifest(Origin(deciding, inputs), fingerprint, vocabulary_size(tokenizer))
+    # Evaluation data is known by its content, wherever it lies.
+    deciding["steps"]["decontaminate"] = [record_input(name).xxh3_128 for name in settings.steps.decontaminate]
+    return Manifest(Origin(flat(deciding), inputs), fingerprint, vocabulary_size(tokenizer))
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted names, with values as JSON has them."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": each for inner, each in flat(value).items()}
+        else:
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def steps_of(settings: StepSettings) -> tuple[Step, ...]:
+    """What every document passes; nothing where no step is asked for."""
+    wanted = settings.normalize or settings.mend_mojibake or settings.check_quality or settings.decontaminate
+    return (Steps(settings).apply,) if wanted else ()
+
+
+def comparisons_of(settings: BuildSettings) -> dict[str, KeysOf]:
+    """How documents are compared with each other."""
+    found: dict[str, KeysOf] = {}
+    if settings.deduplicate != "off":
+        found["duplicate"] = lambda text: [words_key(text)]
+    if settings.deduplicate == "near":
+        bands = BandKeys(settings.near_duplicates)
+        found["near-duplicate"] = lambda text: [int(key) << 64 for key in bands.keys(text)]
+    return found
 
 
 def unit_megabytes(total_bytes: int) -> int:
@@ -211,14 +274,10 @@ def bytes_of(megabytes: float) -> int:
 
 
 def planned_units(settings: BuildSettings, plan: Manifest) -> tuple[list[WorkUnit], list[int]]:
-    """All work units, none of which reads two inputs, and the number of the input that each is of."""
+    """All work units, and the number of the input that each is of."""
     unit_bytes = bytes_of(plan.origin.settings["unit_megabytes"])
-    units, inputs = [], []
-    for number, name in enumerate(settings.input):
-        for unit in plan_units([name], text_field=settings.text_field, unit_bytes=unit_bytes):
-            units.append(replace(unit, number=len(units)))
-            inputs.append(number)
-    return units, inputs
+    units = plan_units(settings.input, text_field=settings.text_field, unit_bytes=unit_bytes)
+    return units, [unit.source for unit in units]
 
 
 def unit_builder(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, plan: Manifest) -> UnitBuilder:

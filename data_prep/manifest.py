@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from pydantic import ConfigDict, with_config
 
@@ -74,11 +74,15 @@ class Tally:
         return type(self)(self.documents + other.documents, self.bytes + other.bytes)
 
 
+Number = TypeVar("Number", Tally, int)
+
+
 @dataclass(frozen=True)
 class SourceCounts:
     """What became of the documents of an input: all that were read were kept, or dropped by some step.
 
     Attributes:
+        skipped: could not be read, by reason
         read: before any step
         dropped: by reason; `changed` holds no documents, but the bytes that steps took from the texts of others
         kept: by split
@@ -87,13 +91,19 @@ class SourceCounts:
     read: Tally = Tally()
     dropped: dict[str, Tally] = field(default_factory=dict)
     kept: dict[str, Tally] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(self.read + other.read, _merged(self.dropped, other.dropped), _merged(self.kept, other.kept))
+        return type(self)(
+            self.read + other.read,
+            _merged(self.dropped, other.dropped, Tally()),
+            _merged(self.kept, other.kept, Tally()),
+            _merged(self.skipped, other.skipped, 0),
+        )
 
 
-def _merged(one: Mapping[str, Tally], other: Mapping[str, Tally]) -> dict[str, Tally]:
-    return {name: one.get(name, Tally()) + other.get(name, Tally()) for name in (*one, *other)}
+def _merged(one: Mapping[str, Number], other: Mapping[str, Number], nothing: Number) -> dict[str, Number]:
+    return {name: one.get(name, nothing) + other.get(name, nothing) for name in (*one, *other)}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""Near-duplicates: MinHash signatures of texts, bands of them as 64-bit keys, and the texts that go.
+"""Near-duplicates: MinHash signatures of texts, and bands of them as 64-bit keys.
 
-Of two texts whose runs of words have the Jaccard similarity s, one goes with probability 1 - (1 - s^r)^b, where b is
+Two texts whose runs of words have the Jaccard similarity s share a key with probability 1 - (1 - s^r)^b, where b is
 the number of bands and r that of values in each (Broder, "On the resemblance and containment of documents", 1997;
 Leskovec, Rajaraman and Ullman, "Mining of massive datasets", chapter 3). With the defaults, 14 bands of 8, that is 92 %
 at s = 0.8 and 2 % at s = 0.45.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,37 +73,3 @@ def _mix(words: np.ndarray) -> np.ndarray:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
-
-
-def links(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Of documents that share a key, each but the smallest with the smallest: uint64 [links, 2], larger number first.
-
-    `keys` and `documents` are uint64 [N]: document documents[i] has keys[i]. All that have a key must be given
-    together, in any order; the keys may be divided between any number of calls.
-    """
-    order = np.lexsort((documents, keys))
-    keys, documents = keys[order], documents[order]
-    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.zeros(0, np.int64)
-    smallest = np.repeat(documents[first], np.diff(np.append(first, len(keys))))
-    linked = np.stack([documents, smallest], axis=1)[documents != smallest]
-    return np.unique(linked, axis=0).reshape(-1, 2)
-
-
-def dropped(all_links: Sequence[np.ndarray]) -> np.ndarray:
-    """The documents that go, uint64 in ascending order: all of each connected group but the smallest.
-
-    It depends on nothing but the set of the links: not on their order, nor on how calls or ranks divided them.
-    """
-    edges = np.concatenate([np.zeros((0, 2), np.uint64), *all_links])
-    documents, edges = np.unique(edges, return_inverse=True)
-    left, right = edges.reshape(-1, 2).T
-    labels = np.arange(len(documents))
-    while True:
-        least = np.minimum(labels[left], labels[right])
-        lower = labels.copy()
-        for ends in (left, right, labels[left], labels[right]):
-            np.minimum.at(lower, ends, least)
-        lower = lower[lower]
-        if np.array_equal(lower, labels):
-            return documents[labels != np.arange(len(documents))]
-        labels = lower

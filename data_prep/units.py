@@ -32,17 +32,19 @@ class Screen:
     Attributes:
         steps: what may change a text or drop it
         repeats: numbers of documents of the unit that are dropped for what other documents hold, with the reason
+        skipped: counts by reason of what cannot be read; None: that is an error
         read, dropped: what came in, and what was left out, as in SourceCounts
     """
 
     steps: Sequence[Step] = ()
     repeats: Mapping[int, str] = field(default_factory=dict)
+    skipped: Counter[str] | None = None
     read: Tally = Tally()
     dropped: dict[str, Tally] = field(default_factory=dict)
 
     def documents(self, unit: WorkUnit) -> Iterator[tuple[int, Document]]:
         """The documents that pass, each with its number in the unit."""
-        for number, document in enumerate(read_unit(unit)):
+        for number, document in enumerate(read_unit(unit, self.skipped)):
             text, reason = document.text, None
             num_bytes = len(text.encode())
             self.read += Tally(1, num_bytes)
@@ -105,7 +107,7 @@ class UnitBuilder:
             shards = {name: split.finish() for name, split in splits.items()}
         counts = {name: split.counts for name, split in splits.items()}
         kept = {name: Tally(each.documents, each.bytes) for name, each in counts.items()}
-        source = SourceCounts(screen.read, screen.dropped, kept)
+        source = SourceCounts(screen.read, screen.dropped, kept, dict(screen.skipped or {}))
         return UnitRecord(counts, shards, source, tuple(lengths[size] for size in range(max(lengths, default=-1) + 1)))
 
     def _tokenize(self, documents: Sequence[Document]) -> list[list[list[int]]]:

@@ -2,8 +2,8 @@
 
 <root>/.build/lock             held by every rank, while it lives
 <root>/.build/plan.json        what is being built
-<root>/.build/keys-*.npy       keys of a unit's documents
-<root>/.build/repeats-*.npy    numbers of a unit's documents that repeat earlier ones
+<root>/.build/keys-*.npy       keys of a unit's documents, of one kind of comparison
+<root>/.build/repeats-*.npy    numbers of a unit's documents that repeat earlier ones, by that comparison
 <root>/.build/unit-*.json      the record of a finished unit
 """
 
@@ -31,12 +31,12 @@ LOCK_SECONDS = 3.0
 OURS = (TOKENIZER_FOLDER, *SPLITS)
 
 
-def keys_path(root: Path, unit: int) -> Path:
-    return root / WORK_FOLDER / f"keys-{unit:06d}.npy"
+def keys_path(root: Path, comparison: str, unit: int) -> Path:
+    return root / WORK_FOLDER / f"keys-{comparison}-{unit:06d}.npy"
 
 
-def repeats_path(root: Path, unit: int) -> Path:
-    return root / WORK_FOLDER / f"repeats-{unit:06d}.npy"
+def repeats_path(root: Path, comparison: str, unit: int) -> Path:
+    return root / WORK_FOLDER / f"repeats-{comparison}-{unit:06d}.npy"
 
 
 def record_path(root: Path, unit: int) -> Path:

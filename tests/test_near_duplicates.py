@@ -1,4 +1,4 @@
-"""MinHash signatures against Jaccard similarities by plain sets, groups of duplicates against a plain union-find."""
+"""MinHash signatures against Jaccard similarities by plain sets, and what goes."""
 
 from itertools import combinations
 from random import Random
@@ -6,8 +6,10 @@ from random import Random
 import numpy as np
 import pytest
 
-from data_prep.near_duplicates import BandKeys, NearDuplicateSettings, dropped, links
+from data_prep.duplicates import find_repeats, keys_array, save_array
+from data_prep.near_duplicates import BandKeys, NearDuplicateSettings
 from data_prep.ngrams import words_of
+from data_prep.ranks import Ranks
 
 
 def jaccard(one, other, size=5):
@@ -72,56 +74,12 @@ def test_a_text_longer_than_one_turn_has_the_same_signature(texts, monkeypatch):
     assert keys.signature(" ".join(texts)).tolist() == whole
 
 
-def reference(keys, documents):
-    """What goes, by a plain union-find over all pairs."""
-    parent = {document: document for document in documents}
-
-    def root(document):
-        while parent[document] != document:
-            document = parent[document]
-        return document
-
-    for (key, document), (other_key, other) in combinations(zip(keys, documents, strict=True), 2):
-        if key == other_key:
-            low, high = sorted((root(document), root(other)))
-            parent[high] = low
-    return sorted(document for document in parent if root(document) != document)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_groups_equal_a_plain_search_however_the_keys_are_divided(seed):
-    random = np.random.default_rng(seed)
-    count = int(random.integers(1, 120))
-    documents = random.integers(0, 60, count).astype(np.uint64) * np.uint64(2**58) // np.uint64(7)
-    keys = random.integers(0, 3 + 8 * seed, count).astype(np.uint64) * np.uint64(2**63 // 100)
-    expected = reference(keys.tolist(), documents.tolist())
-    assert dropped([links(keys, documents)]).tolist() == expected
-    for ranks in (2, 3, 7):
-        shuffled = random.permutation(count)
-        parts = [shuffled[keys[shuffled] % np.uint64(ranks) == rank] for rank in range(ranks)]
-        found = dropped([links(keys[part], documents[part]) for part in parts])
-        assert found.tolist() == expected and found.dtype == np.uint64
-
-
-def test_a_long_chain_is_one_group():
-    documents = np.arange(5000, dtype=np.uint64)
-    chain = np.stack([documents[1:], documents[:-1]], axis=1)
-    np.random.default_rng(0).shuffle(chain)
-    assert dropped([chain[:1000], chain[1000:]]).tolist() == list(range(1, 5000))
-
-
-def test_nothing_links_nothing():
-    nothing = np.zeros(0, np.uint64)
-    assert links(nothing, nothing).shape == (0, 2)
-    assert dropped([]).tolist() == dropped([links(nothing, nothing)]).tolist() == []
-
-
-def test_of_near_duplicates_the_first_stays(texts):
+def test_of_near_duplicates_the_first_stays(texts, tmp_path):
     keys = BandKeys(NearDuplicateSettings())
-    found = [keys.keys(text) for text in texts]
-    numbers = np.repeat(np.arange(len(texts), dtype=np.uint64), 14)
-    gone = dropped([links(np.concatenate(found), numbers)]).tolist()
-    similar = [place for place in range(12, 48) if jaccard(texts[(place - 12) // 3], texts[place]) > 0.9]
-    other = [place for place in range(12, 48) if jaccard(texts[(place - 12) // 3], texts[place]) < 0.4]
+    numbered = [(int(key) << 64, number) for number, text in enumerate(texts) for key in keys.keys(text)]
+    save_array(tmp_path / "keys.npy", keys_array(0, numbered))
+    gone = set(find_repeats(Ranks(), {0: tmp_path / "keys.npy"}, [0], 1 << 20)[0].tolist())
+    similar = {place for place in range(12, 48) if jaccard(texts[(place - 12) // 3], texts[place]) > 0.9}
+    other = {place for place in range(12, 48) if jaccard(texts[(place - 12) // 3], texts[place]) < 0.4}
     assert len(similar) > 5 and len(other) > 5
-    assert set(similar) <= set(gone) and not set(other) & set(gone) and min(gone) >= 12
+    assert similar <= gone and not other & gone and min(gone) >= 12

@@ -1,0 +1,100 @@
+"""Steps of a build, each counted: what is broken, unlike prose, known from evaluation data, or there twice."""
+
+import json
+
+import pytest
+
+from data_prep import build_shards, train_tokenizer
+from data_prep.manifest import Manifest, Tally
+
+NGRAMS = ("max_top_ngram_characters", 3), ("max_duplicate_ngram_characters", 6)
+ANY_REPETITION = ", ".join(f"{name}: {[1] * count}" for name, count in NGRAMS)  # invented sentences are all alike
+STEPS = (
+    *("--on_error=skip", "--deduplicate=near", "--steps.normalize", "--steps.check_quality"),
+    *("--steps.quality", f"{{min_words: 5, min_stop_words: 0, {ANY_REPETITION}}}"),
+)
+
+
+@pytest.fixture
+def inputs(tmp_path, prose):
+    """Arguments that name two files: 30 sound documents, then one of each fault; and evaluation data."""
+    long = [" ".join(prose(3, seed=seed)) for seed in range(31)]
+    evaluation = long.pop()
+    odd = {
+        "duplicate": long[3].upper(),
+        "near-duplicate": long[7] + " And that is all.",
+        "min_words": "Too short.",
+        "evaluation": f"{long[0][:40]} {evaluation[100:400]}",
+        "changed": "\ufeffA\u0308pfel\r\nand  pears grow on\ttrees that stand in the garden.\n\n\n\nThere.",
+    }
+    lines = [json.dumps({"text": text}) for text in [*long[:20], *odd.values()]]
+    (tmp_path / "one.jsonl").write_text("\n".join([*lines, "{broken", ""]))
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in long[20:]))
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps({"question": evaluation}) + "\n")
+    named = [f"--input={tmp_path / 'one.jsonl'}", f"--input={tmp_path / 'two.jsonl'}"]
+    decontaminate = [f"--steps.decontaminate={tmp_path / 'evaluation.jsonl'}"]
+    return named, [*decontaminate, "--steps.decontaminate_text_field=question"]
+
+
+@pytest.fixture
+def build(tmp_path, inputs):
+    """build(output, *options): the exit code of a build with a tokenizer that was trained on the second file."""
+    named, _ = inputs
+    tokenizer = tmp_path / "tokenizer"
+    options = ["--kind=wordpiece", "--vocab_size=256", "--heldout_fraction=0.1", f"--output={tokenizer}"]
+    assert train_tokenizer.main([named[1], *options]) == 0
+
+    def run(output, *options):
+        made = [f"--tokenizer={tokenizer}", f"--output={tmp_path / output}", "--heldout_fraction=0.1"]
+        return build_shards.main([*named, *made, "--row_length=24", "--rows_per_block=16", *options])
+
+    return run
+
+
+def test_every_document_is_kept_or_counted_with_its_reason(build, inputs, tmp_path, capsys):
+    assert build("shards", *STEPS, *inputs[1]) == 0
+    one, two = Manifest.load(tmp_path / "shards").sources
+    contaminated = next(reason for reason in one.dropped if "evaluation data" in reason)
+    assert str(tmp_path / "evaluation.jsonl") in contaminated
+    assert {reason: tally.documents for reason, tally in one.dropped.items()} == {
+        "duplicate": 1,
+        "near-duplicate": 1,
+        "min_words": 1,
+        contaminated: 1,
+        "changed": 0,
+    }
+    assert one.skipped == {"not JSON": 1} and two.skipped == {} and set(two.dropped) <= {"changed"}
+    for source, number in ((one, 25), (two, 10)):
+        assert source.read.documents == number
+        assert sum((*source.dropped.values(), *source.kept.values()), Tally()) == source.read
+    report = (tmp_path / "shards/report.md").read_text()
+    assert "which is all that was read" in report and "left out: 1 for: not JSON" in report
+
+
+def test_broken_content_and_other_steps_are_refused(build, inputs, tmp_path, capsys):
+    assert build("shards") == 2
+    assert "one.jsonl: line 26" in capsys.readouterr().err
+    assert build("shards", "--overwrite", *STEPS, *inputs[1]) == 0
+    assert build("shards", *STEPS, *inputs[1]) == 0 and "nothing to do" in capsys.readouterr().out
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps({"question": "something else of more than eight words now"}))
+    assert build("shards", *STEPS[:-1], f"{{min_words: 6, min_stop_words: 0, {ANY_REPETITION}}}", *inputs[1]) == 2
+    said = capsys.readouterr().err
+    assert "steps.quality.min_words: 6, was 5" in said and "steps.decontaminate: ['" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--steps.ngram_words=5"], "steps.ngram_words: 5 has no effect with steps.decontaminate []: name data"),
+        (
+            ["--steps.quality", "{min_words: 1}"],
+            "steps.quality.min_words: 1 has no effect with steps.check_quality False: set",
+        ),
+        (["--near_duplicates.bands=3"], "near_duplicates.bands: 3 has no effect with deduplicate exact: set"),
+        (["--steps.decontaminate=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--on_error=ignore"], "on_error: 'ignore' should be 'raise' or 'skip'"),
+    ],
+)
+def test_settings_without_effect_are_faults(options, fault, build, capsys):
+    assert build("shards", *options) == 2
+    assert fault in capsys.readouterr().err
