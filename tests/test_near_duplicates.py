@@ -95,6 +95,9 @@ def test_groups_equal_a_plain_search_however_the_keys_are_divided(seed):
     documents = random.integers(0, 60, count).astype(np.uint64) * np.uint64(2**58) // np.uint64(7)
     keys = random.integers(0, 3 + 8 * seed, count).astype(np.uint64) * np.uint64(2**63 // 100)
     expected = reference(keys.tolist(), documents.tolist())
+    smallest = {key: min(documents[keys == key].tolist()) for key in keys.tolist()}
+    pairs = {(document, smallest[key]) for key, document in zip(keys.tolist(), documents.tolist(), strict=True)}
+    assert list(map(tuple, links(keys, documents).tolist())) == sorted(pair for pair in pairs if pair[0] != pair[1])
     assert dropped([links(keys, documents)]).tolist() == expected
     for ranks in (2, 3, 7):
         shuffled = random.permutation(count)
