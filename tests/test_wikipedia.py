@@ -55,6 +55,19 @@ def test_what_only_looks_like_a_stream_is_none(tmp_path, monkeypatch):
     assert len(units) > 5 and texts == [sentence(number) for number in range(30)]
 
 
+@pytest.mark.parametrize("read_bytes", [160, 177, 1024])
+def test_a_stream_that_begins_on_the_border_of_two_reads_is_found(tmp_path, monkeypatch, read_bytes):
+    monkeypatch.setattr(wikipedia, "READ_BYTES", read_bytes)
+    streams = multistream()
+    path = tmp_path / "a.xml.bz2"
+    path.write_bytes(b"".join(streams))
+    starts = [sum(map(len, streams[:number])) for number in range(len(streams))]
+    with open(path, "rb") as file:
+        for before, start in zip(starts, starts[1:], strict=False):
+            for first in range(before + 1, start + 1):
+                assert wikipedia._find_stream(file, first, path.stat().st_size) == start
+
+
 def test_the_head_of_a_stream_whose_content_is_broken_is_no_stream(tmp_path):
     whole = bz2.compress(b"text " * 1000)
     path = tmp_path / "a"
