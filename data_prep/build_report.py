@@ -80,7 +80,8 @@ def _skipped(total: SourceCounts) -> list[str]:
 
 def _split_table(manifest: Manifest) -> list[str]:
     lines = [_row(["split", "documents", "sentences", "tokens", "unknown", "rows", "filled"]), _row(["---"] * 7)]
-    for split, counts in manifest.counts.items():
+    for split in SPLITS:
+        counts = manifest.counts[split]
         unknown = counts.unknown_tokens / max(counts.tokens, 1)
         filled = counts.row_tokens / max(counts.rows * manifest.row_length, 1)
         numbers = (counts.documents, counts.sentences, counts.tokens)

@@ -248,7 +248,8 @@ class _HashedFile:
     def write(self, content: bytes) -> int:
         self.digest.update(content)
         self.bytes += len(content)
-        return self._file.write(content)
+        # tarfile writes once more where it is given up, and the file with it.
+        return len(content) if self._file.closed else self._file.write(content)
 
     def tell(self) -> int:
         return self.bytes
