@@ -244,10 +244,10 @@ class ShardReader:
         self._files = [(shard.name, shard.bytes, shard.xxh3_128) for shard in index.shards]
         rows = np.array([count for shard in index.shards for count in shard.rows], np.int64)
         self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])  # of each block, and the total
-        self._shard_of_block = np.repeat(np.arange(len(index.shards)), [len(shard.rows) for shard in index.shards])
+        blocks = [len(shard.rows) for shard in index.shards]
+        self._shard_of_block = np.repeat(np.arange(len(index.shards), dtype=np.int32), blocks)
         self._offsets = {
-            name: np.array([offset for shard in index.shards for offset in shard.offsets[name]], np.int64)
-            for name in self.fields
+            name: _compact([offset for shard in index.shards for offset in shard.offsets[name]]) for name in self.fields
         }
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently used first
 
@@ -259,6 +259,11 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.close()
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of what is kept of the index."""
+        return sum(array.nbytes for array in (self._first_row, self._shard_of_block, *self._offsets.values()))
 
     @property
     def rows_per_shard(self) -> int:
@@ -288,7 +293,7 @@ class ShardReader:
         batch = {}
         for field in self._index_fields:
             batch[field.name] = np.empty(field.shape(len(sample_ids)), field.dtype)
-            offsets = self._offsets[field.name][blocks] + rows * field.row_bytes
+            offsets = self._offsets[field.name][blocks].astype(np.int64) + rows * field.row_bytes
             self._read_rows(batch[field.name], field.row_bytes, shards, offsets.tolist())
         return batch
 
@@ -347,6 +352,11 @@ class ShardReader:
         faults += [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]
         if faults:
             raise CorruptShard(*faults)
+
+
+def _compact(offsets: list[int]) -> np.ndarray:
+    """In half the space where no shard has 4 GB."""
+    return np.array(offsets, np.uint32 if max(offsets, default=0) < 1 << 32 else np.int64)
 
 
 def size_fault(path: Path, size: int) -> str | None:
