@@ -12,6 +12,7 @@ import tokenize
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -290,24 +291,29 @@ class ShardReader:
         blocks = np.searchsorted(self._first_row, sample_ids, side="right") - 1
         rows = sample_ids - self._first_row[blocks]
         shards = self._shard_of_block[blocks].tolist()
+        few = len(set(shards)) <= self.open_shards
+        descriptor = {shard: self._descriptor(shard) for shard in set(shards)}.get if few else self._descriptor
         batch = {}
         for field in self._index_fields:
-            batch[field.name] = np.empty(field.shape(len(sample_ids)), field.dtype)
             offsets = self._offsets[field.name][blocks].astype(np.int64) + rows * field.row_bytes
-            self._read_rows(batch[field.name], field.row_bytes, shards, offsets.tolist())
+            places = list(zip(shards, offsets.tolist(), strict=True))
+            size = field.row_bytes
+            pieces = [os.pread(descriptor(shard), size, offset) for shard, offset in places]
+            if len(joined := bytearray().join(pieces)) != len(pieces) * size:
+                joined = bytearray().join(map(self._whole, places, pieces, repeat(size)))
+            batch[field.name] = np.frombuffer(joined, field.dtype).reshape(field.shape(len(pieces)))
         return batch
 
-    def _read_rows(self, array: np.ndarray, row_bytes: int, shards: list[int], offsets: list[int]) -> None:
-        target = memoryview(array).cast("B") if array.size else memoryview(b"")
-        for row, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
-            begin, count = row * row_bytes, 0
-            while count < row_bytes:  # a read from a network file system may give a part of what it has
-                part = [target[begin + count : begin + row_bytes]]
-                got = os.preadv(self._descriptor(shard), part, offset + count)
-                if not got:
-                    name = self.folder / self._files[shard][0]
-                    raise CorruptShard(f"{name}: {count} bytes at offset {offset}, expected {row_bytes}; {REMEDY}")
-                count += got
+    def _whole(self, place: tuple[int, int], piece: bytes, size: int) -> bytes:
+        """What a read of `size` bytes has given, and what it lacks: a network file system may give less than it has."""
+        shard, offset = place
+        while len(piece) < size:
+            more = os.pread(self._descriptor(shard), size - len(piece), offset + len(piece))
+            if not more:
+                name = self.folder / self._files[shard][0]
+                raise CorruptShard(f"{name}: {len(piece)} bytes at offset {offset}, expected {size}; {REMEDY}")
+            piece += more
+        return piece
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._descriptors:
