@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
@@ -288,10 +289,10 @@ class ShardReader:
         self._files = [(shard.name, shard.bytes, shard.xxh3_128) for shard in index.shards]
         rows = np.array([count for shard in index.shards for count in shard.rows], np.int64)
         self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])  # of each block, and the total
-        self._shard_of_block = np.repeat(np.arange(len(index.shards)), [len(shard.rows) for shard in index.shards])
+        blocks = [len(shard.rows) for shard in index.shards]
+        self._shard_of_block = np.repeat(np.arange(len(index.shards), dtype=np.int32), blocks)
         self._offsets = {
-            name: np.array([offset for shard in index.shards for offset in shard.offsets[name]], np.int64)
-            for name in self.fields
+            name: _compact([offset for shard in index.shards for offset in shard.offsets[name]]) for name in self.fields
         }
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently used first
 
@@ -303,6 +304,11 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.close()
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of what is kept of the index."""
+        return sum(array.nbytes for array in (self._first_row, self._shard_of_block, *self._offsets.values()))
 
     @property
     def rows_per_shard(self) -> int:
@@ -329,24 +335,29 @@ class ShardReader:
         blocks = np.searchsorted(self._first_row, sample_ids, side="right") - 1
         rows = sample_ids - self._first_row[blocks]
         shards = self._shard_of_block[blocks].tolist()
+        few = len(set(shards)) <= self.open_shards
+        descriptor = {shard: self._descriptor(shard) for shard in set(shards)}.get if few else self._descriptor
         batch = {}
         for field in self._index_fields:
-            batch[field.name] = np.empty(field.shape(len(sample_ids)), field.dtype)
-            offsets = self._offsets[field.name][blocks] + rows * field.row_bytes
-            self._read_rows(batch[field.name], field.row_bytes, shards, offsets.tolist())
+            offsets = self._offsets[field.name][blocks].astype(np.int64) + rows * field.row_bytes
+            places = list(zip(shards, offsets.tolist(), strict=True))
+            size = field.row_bytes
+            pieces = [os.pread(descriptor(shard), size, offset) for shard, offset in places]
+            if len(joined := bytearray().join(pieces)) != len(pieces) * size:
+                joined = bytearray().join(map(self._whole, places, pieces, repeat(size)))
+            batch[field.name] = np.frombuffer(joined, field.dtype).reshape(field.shape(len(pieces)))
         return batch
 
-    def _read_rows(self, array: np.ndarray, row_bytes: int, shards: list[int], offsets: list[int]) -> None:
-        target = memoryview(array).cast("B") if array.size else memoryview(b"")
-        for row, (shard, offset) in enumerate(zip(shards, offsets, strict=True)):
-            begin, count = row * row_bytes, 0
-            while count < row_bytes:  # a read from a network file system may give a part of what it has
-                part = [target[begin + count : begin + row_bytes]]
-                got = os.preadv(self._descriptor(shard), part, offset + count)
-                if not got:
-                    name = self.folder / self._files[shard][0]
-                    raise CorruptShard(f"{name}: {count} bytes at offset {offset}, expected {row_bytes}; {REMEDY}")
-                count += got
+    def _whole(self, place: tuple[int, int], piece: bytes, size: int) -> bytes:
+        """What a read of `size` bytes has given, and what it lacks: a network file system may give less than it has."""
+        shard, offset = place
+        while len(piece) < size:
+            more = os.pread(self._descriptor(shard), size - len(piece), offset + len(piece))
+            if not more:
+                name = self.folder / self._files[shard][0]
+                raise CorruptShard(f"{name}: {len(piece)} bytes at offset {offset}, expected {size}; {REMEDY}")
+            piece += more
+        return piece
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._descriptors:
@@ -393,6 +404,11 @@ class ShardReader:
         known = {name for name, *_ in self._files}
         strays = sorted(path for path in self.folder.glob("*.tar") if path.name not in known)
         return [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]
+
+
+def _compact(offsets: list[int]) -> np.ndarray:
+    """In half the space where no shard has 4 GB."""
+    return np.array(offsets, np.uint32 if max(offsets, default=0) < 1 << 32 else np.int64)
 
 
 def size_fault(path: Path, size: int) -> str | None:

@@ -31,7 +31,8 @@ class ModelSettings:
     """What stands in front of every linear layer."""
 
     warm_start: str | None = None
-    """Folder of a BERT or, for decoders, LLaMA-shaped model in safetensors to start from; null: random weights."""
+    """Folder of a BERT or, for decoders, LLaMA-shaped model in safetensors to start from, or of an exported model of
+    ours; null: random weights."""
 
 
 @dataclass(frozen=True)

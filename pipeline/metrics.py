@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # reading a run's metrics stays light
 
 METRICS_FILE = "metrics.jsonl"
 NONFINITE_FILE = "nonfinite.json"
+
+Batch = TypeVar("Batch")
 
 Values = Mapping[str, float | Mapping[str, float]]
 """What one line holds: numbers by name, or a table of numbers, as firing_rate_by_site is."""
@@ -183,15 +185,26 @@ class SpikeHealth:
 
 
 class Throughput:
-    """Tokens per second of one process's clock: add tokens as they are trained, read once per logged step."""
+    """Tokens per second of one process's clock, and the share of it spent waiting for data, read once a logged step."""
 
     def __init__(self) -> None:
         self._tokens = 0
+        self._waited = 0.0
         self._started = time.perf_counter()
 
     def add(self, tokens: int) -> None:
         """Count the tokens of one step, over all ranks."""
         self._tokens += tokens
+
+    def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each comes counts as waiting."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -202,12 +215,13 @@ class Throughput:
         finally:
             self._started += time.perf_counter() - paused
 
-    def tokens_per_second(self) -> float:
-        """The rate since the last call, from which a new interval begins."""
+    def values(self) -> dict[str, float]:
+        """Both since the last call, from which a new interval begins."""
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._started, 1e-9)
-        self._tokens, self._started = 0, now
-        return rate
+        seconds = max(now - self._started, 1e-9)
+        values = {"tokens_per_second": self._tokens / seconds, "data_wait": self._waited / seconds}
+        self._tokens, self._waited, self._started = 0, 0.0, now
+        return values
 
 
 def peak_memory_bytes() -> int:

@@ -21,7 +21,7 @@ from models.modeling import (
     SpikeLMForPreTraining,
     SpikeLMPreTrainedModel,
 )
-from models.warm_start import CheckpointTensors, llama_differences, load_bert, load_llama
+from models.warm_start import CheckpointTensors, WarmStartReport, llama_differences, load_bert, load_llama
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
 from pipeline.config import EngineSettings, RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_folders, open_tokenizer
@@ -29,6 +29,8 @@ from pipeline.engine import partition_weights
 from pipeline.model_folder import read_model_folder
 from pipeline.shard_cache import ShardFolder
 from pipeline.world import World
+
+POSITIONS = "position_embeddings.weight"
 
 
 def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeLMPreTrainedModel, list[str]]:
@@ -41,18 +43,56 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
     with torch.device("meta"):
         model = _untrained(config, corpus.tokenizer)
     _refuse_misfit(model.config, corpus)
-    if config.model.warm_start:
+    is_own = config.model.warm_start is not None and _is_own(Path(config.model.warm_start))
+    if config.model.warm_start and not is_own:
         _refuse_other_llama(model.config, Path(config.model.warm_start))
     partitioned = zero_stage(config) == 3 and not config.model.warm_start
     draw_weights(model, partial(partition_weights, config=config, world=world) if partitioned else None)
     set_execution(model, config.engine, world.device)
     if not config.model.warm_start:
         return model, []
-    load = load_llama if model.config.traits.causal else load_bert
+    load = load_own if is_own else load_llama if model.config.traits.causal else load_bert
     report = load(model, CheckpointTensors(config.model.warm_start))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     remarks = [f"{', '.join(names)} {what}" for what, names in parts.items() if names]
     return model, remarks + report.remarks + other_tokens(Path(config.model.warm_start), corpus.tokenizer)
+
+
+def load_own(model: SpikeLMPreTrainedModel, tensors: CheckpointTensors) -> WarmStartReport:
+    """Copy the weights and amplitudes of an exported model of ours into `model`.
+
+    Learned positions may be of another number: the first ones are copied, those beyond stay as they were drawn. Raises
+    ValueError, before anything is copied, where any other shape differs or weights are absent.
+    """
+    own, report = model.state_dict(keep_vars=True), WarmStartReport()
+    faults = []
+    for name, tensor in own.items():
+        if name in tensors:
+            theirs, ours = tensors.shape(name), tuple(tensor.shape)
+            rest = (theirs[1:], ours[1:]) if name.endswith(POSITIONS) else (theirs, ours)
+            faults += [f"{name} is {list(theirs)}, expected {list(ours)}"] if rest[0] != rest[1] else []
+        elif not any(tensor is own[other] for other in own.keys() & set(tensors)):  # tied to one that is there
+            report.missing.append(name)
+    if faults:
+        raise ValueError(
+            f"model.warm_start: {'; '.join(faults)}: set model.preset, model.overrides and model.neuron to those of "
+            "the exported model"
+        )
+    with torch.no_grad():
+        for name in own.keys() & set(tensors):
+            ours, theirs = own[name], tensors[name]
+            if name.endswith(POSITIONS):
+                if len(theirs) < len(ours):
+                    report.remarks.append(f"positions from {len(theirs)} on start from random weights")
+                ours, theirs = ours[: len(theirs)], theirs[: len(ours)]
+            ours.copy_(theirs)
+    report.unused = sorted(set(tensors) - own.keys())
+    return report
+
+
+def _is_own(folder: Path) -> bool:
+    settings = folder / CONFIG_NAME
+    return settings.is_file() and read_json(settings).get("model_type") == SpikeLMConfig.model_type
 
 
 def set_execution(model: SpikeLMPreTrainedModel, engine: EngineSettings, device: torch.device) -> None:

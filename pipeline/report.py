@@ -96,7 +96,7 @@ def describe(run: Run, twin: Run | None, plot: Path) -> str:
         _loss_lines(run, twin),
         _firing_lines(run),
         _health_lines(run),
-        [_line("speed", _speed(run))],
+        [_line("speed", _speed(run)), *_data_wait_lines(run)],
         _places(run, plot),
         _next_steps(run, twin),
     ]
@@ -162,6 +162,11 @@ def _spread(record: dict[str, Any]) -> str:
 def _speed(run: Run) -> str:
     speeds = [record["tokens_per_second"] for record in run.train]
     return f"{statistics.median(speeds):,.0f} tokens/s (median of {len(speeds)} logged steps)"
+
+
+def _data_wait_lines(run: Run) -> list[str]:
+    shares = [record["data_wait"] for record in run.train if "data_wait" in record]
+    return [_line("waiting for data", f"{statistics.median(shares):.1%} of that time")] if shares else []
 
 
 def _places(run: Run, plot: Path) -> list[str]:

@@ -78,7 +78,8 @@ class Trainer:
         if self.state.step == 0:
             with self.throughput.paused():
                 self._start()
-        for batch in self.corpus.train_batches(self.state.samples_consumed, last - self.state.step):
+        batches = self.corpus.train_batches(self.state.samples_consumed, last - self.state.step)
+        for batch in self.throughput.waiting_for(batches):
             result = self.train_step(batch)
             self.state = self.state.after_step(self.config.training.global_batch_size)
             step = self.state.step
@@ -199,7 +200,7 @@ class Trainer:
         values = {"loss": sum(losses.values()), **losses, "learning_rate": result.learning_rate}
         values |= {
             "gradient_norm": result.gradient_norm,
-            "tokens_per_second": self.throughput.tokens_per_second(),
+            **self.throughput.values(),
             "peak_memory_bytes": peak_memory_bytes(),
             "samples_consumed": self.state.samples_consumed,
         }

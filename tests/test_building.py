@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONFIG, make_batch
+from tiny import CONFIG, OneProcess, make_batch, make_model
 from torch import nn
 
 from data_prep.manifest import TOKENIZER_FOLDER
 from models.amplitudes import calibrate_amplitudes
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForCausalLM, SpikeLMForPreTraining
-from pipeline.config import EngineSettings
-from pipeline.corpus import open_tokenizer
-from pipeline.model import draw_weights, other_tokens, set_execution
+from models.warm_start import CheckpointTensors
+from pipeline.config import EngineSettings, load_run_config
+from pipeline.corpus import open_corpus, open_tokenizer
+from pipeline.model import build_model, draw_weights, load_own, other_tokens, set_execution
 
 LLAMA = {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True}
 
@@ -101,3 +102,45 @@ def test_a_model_computes_as_the_recipe_says():
     assert model.logits_at_once == 7
     with pytest.raises(ValueError, match="'cpp' cannot run here"):
         set_execution(model, replace(engine, spike_backend="cpp"), torch.device("meta"))
+
+
+def exported(folder, **overrides):
+    """A folder with the weights and amplitudes of a tiny encoder, as pipeline.export leaves them."""
+    model = make_model(seed=1, **overrides)
+    model.model.stack.amplitudes.fill_(0.5)
+    model.model.stack.calibrated.fill_(True)
+    model.save_pretrained(folder)
+    return CheckpointTensors(folder), model.state_dict()
+
+
+def test_an_exported_model_goes_on_with_more_positions(tmp_path):
+    tensors, theirs = exported(tmp_path)
+    model = make_model(seed=2, max_position_embeddings=20)
+    drawn = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_own(model, tensors)
+    assert (report.missing, report.unused) == ([], [])
+    assert report.remarks == ["positions from 12 on start from random weights"]
+    positions = "model.embeddings.position_embeddings.weight"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor[:12] if name == positions else tensor, theirs[name]), name
+    assert torch.equal(model.state_dict()[positions][12:], drawn[positions][12:])
+
+
+def test_an_exported_model_of_another_shape_is_refused(tmp_path):
+    tensors, _ = exported(tmp_path, hidden_size=32)
+    model = make_model()
+    before = {name: tensor.nan_to_num(7.0) for name, tensor in model.state_dict().items()}  # no amplitudes yet
+    with pytest.raises(ValueError, match=r"mlp_norm.weight is \[32\], expected \[16\].*: set model.preset"):
+        load_own(model, tensors)
+    assert all(torch.equal(tensor.nan_to_num(7.0), before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_starts_from_an_exported_model(tmp_path, tiny_shards):
+    arguments = ["--recipe", "tests/distributed/tiny.yaml", "--data.shards", str(tiny_shards)]
+    corpus = open_corpus(load_run_config(arguments), OneProcess())
+    first, _ = build_model(load_run_config(arguments), corpus, OneProcess())
+    first.save_pretrained(tmp_path)
+    longer = ["--model.overrides.max_position_embeddings", "256", "--model.warm_start", str(tmp_path)]
+    second, remarks = build_model(load_run_config([*arguments, *longer]), corpus, OneProcess())
+    assert remarks == ["positions from 128 on start from random weights"]
+    assert torch.equal(first.mlm_head.dense.weight, second.mlm_head.dense.weight)

@@ -170,10 +170,25 @@ def test_throughput_counts_neither_pauses_nor_earlier_intervals(clock):
         clock[0] += 50.0
     throughput.add(400)
     clock[0] += 2.0
-    assert throughput.tokens_per_second() == pytest.approx(250.0)
+    assert throughput.values()["tokens_per_second"] == pytest.approx(250.0)
     throughput.add(30)
     clock[0] += 3.0
-    assert throughput.tokens_per_second() == pytest.approx(10.0)
+    assert throughput.values() == pytest.approx({"tokens_per_second": 10.0, "data_wait": 0.0})
+
+
+def test_time_until_a_batch_comes_is_waiting_for_data(clock):
+    throughput = Throughput()
+
+    def slow_batches():
+        for number in range(3):
+            clock[0] += 2.0
+            yield number
+
+    for _ in throughput.waiting_for(slow_batches()):
+        clock[0] += 6.0
+    assert throughput.values()["data_wait"] == pytest.approx(0.25)
+    clock[0] += 1.0
+    assert throughput.values()["data_wait"] == 0.0
 
 
 def test_peak_memory_is_in_bytes():

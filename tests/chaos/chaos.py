@@ -46,7 +46,7 @@ PATIENCE = 5
 PHASES = ("launching", "starting", "loading", "stepping", "evaluating", "saving", "finishing")
 """Before there is a rank; before rank 0 holds the run's folder; before it says where it starts; the loop; the end."""
 START = re.compile(r"resuming from \S*step(\d+)|starting afresh")
-VOLATILE = ("tokens_per_second", "peak_memory_bytes")
+VOLATILE = ("tokens_per_second", "data_wait", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
