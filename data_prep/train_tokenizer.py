@@ -6,6 +6,7 @@ python -m data_prep.train_tokenizer --input X [--input Y] --kind wordpiece --voc
 import math
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_prep.ranks import launched_as, refuse_apart
 from data_prep.recipes import BelowOne, FolderName, load_settings, run_command, strict
 from data_prep.sources import hash_share, is_heldout, plan_units, read_unit
 from data_prep.tokenization import TRAINING_RECORD, TrainingRecord, load_tokenizer, tokenizer_fingerprint
-from data_prep.tokenizer_models import causal_tokenizer, train_sentencepiece, train_wordpiece
+from data_prep.tokenizer_models import causal_tokenizer, train_byte_bpe, train_sentencepiece, train_wordpiece
 
 MODEL_NAME = "sentencepiece.model"
 SAMPLE_SALT = 1  # so that sampling does not go by the hash that holds out
@@ -30,13 +31,14 @@ SAMPLE_SALT = 1  # so that sampling does not go by the hash that holds out
 @strict
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Train a WordPiece or SentencePiece tokenizer and save it as a folder that transformers loads."""
+    """Train a WordPiece, SentencePiece or BPE tokenizer and save it as a folder that transformers loads."""
 
     input: Inputs
-    """Wikipedia .xml or .xml.bz2, .jsonl, .txt, a folder of such files, or package://NAME/FILE; may be repeated."""
+    """As data_prep.build_shards has them; may be repeated."""
 
-    kind: Literal["wordpiece", "sentencepiece"]
-    """WordPiece as BERT has it, or SentencePiece's unigram model with byte fallback."""
+    kind: Literal["wordpiece", "sentencepiece", "byte_bpe"]
+    """WordPiece as BERT has it, SentencePiece's unigram model with byte fallback, or byte-level BPE as GPT-2 has it,
+    which gives every text back."""
 
     vocab_size: Annotated[int, Field(ge=256)]
     """Entries of the vocabulary, special tokens included."""
@@ -53,6 +55,10 @@ class TokenizerSettings:
 
     text_field: str = "text"
     """Key of the text in a JSON line."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    """What is done where an input is broken: raise ends the training; skip leaves out what cannot be read, and says how
+    much of it there was."""
 
     heldout_fraction: BelowOne = 0.01
     """Share of the documents to leave out: the same as for build_shards, or more."""
@@ -80,12 +86,12 @@ def train(settings: TokenizerSettings) -> None:
         return
     with tqdm(unit=" documents", file=sys.stderr, mininterval=1) as progress:
         texts = TrainingTexts(settings, progress)
-        if settings.kind == "wordpiece":
-            tokenizer, model = train_wordpiece(texts, settings.vocab_size, settings.lowercase), None
+        size, lowercase, model = settings.vocab_size, settings.lowercase, None
+        if settings.kind == "sentencepiece":
+            tokenizer, model = train_sentencepiece(texts, size, lowercase, prefix=_has_prefix(settings))
         else:
-            tokenizer, model = train_sentencepiece(
-                texts, settings.vocab_size, settings.lowercase, prefix=_has_prefix(settings)
-            )
+            train_pieces = train_wordpiece if settings.kind == "wordpiece" else train_byte_bpe
+            tokenizer = train_pieces(texts, size, lowercase)
     if settings.heldout_fraction and texts.least_share >= settings.heldout_fraction:
         enough = math.ceil(texts.least_share * 1e4 + 1) / 1e4
         raise ValueError(
@@ -96,6 +102,8 @@ def train(settings: TokenizerSettings) -> None:
         tokenizer = causal_tokenizer(tokenizer)
     save(output, tokenizer, model, origin)
     print(f"{output}: {settings.kind} tokenizer with {len(tokenizer):,} entries")
+    for reason, count in sorted((texts.skipped or {}).items()):
+        print(f"left out, since it cannot be read: {count:,} for: {reason}")
 
 
 def origin_of(settings: TokenizerSettings) -> Origin:
@@ -147,14 +155,17 @@ class TrainingTexts:
     def __init__(self, settings: TokenizerSettings, progress: tqdm) -> None:
         self.least_share = 1.0
         """Any larger heldout_fraction holds some document out; known after a pass."""
+        self.skipped: Counter[str] | None = None
+        """What a pass has left out, by reason; None: broken content is an error."""
         self._settings = settings
         self._progress = progress
 
     def __call__(self) -> Iterator[str]:
         settings = self._settings
         self._progress.reset()
+        self.skipped = Counter() if settings.on_error == "skip" else None
         for unit in plan_units(settings.input, text_field=settings.text_field):
-            for document in read_unit(unit):
+            for document in read_unit(unit, self.skipped):
                 self._progress.update()
                 self.least_share = min(self.least_share, hash_share(document.text))
                 is_sampled = hash_share(document.text, SAMPLE_SALT) < settings.sample_fraction

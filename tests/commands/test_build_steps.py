@@ -6,6 +6,7 @@ import pytest
 
 from data_prep import build_shards, train_tokenizer
 from data_prep.manifest import Manifest, Tally
+from data_prep.tokenization import load_tokenizer
 
 NGRAMS = ("max_top_ngram_characters", 3), ("max_duplicate_ngram_characters", 6)
 ANY_REPETITION = ", ".join(f"{name}: {[1] * count}" for name, count in NGRAMS)  # invented sentences are all alike
@@ -98,3 +99,14 @@ def test_broken_content_and_other_steps_are_refused(build, inputs, tmp_path, cap
 def test_settings_without_effect_are_faults(options, fault, build, capsys):
     assert build("shards", *options) == 2
     assert fault in capsys.readouterr().err
+
+
+def test_a_tokenizer_is_trained_on_what_can_be_read(inputs, tmp_path, capsys):
+    (named, _), output = inputs, tmp_path / "bytes"
+    options = ["--kind=byte_bpe", "--vocab_size=300", "--template=causal", f"--output={output}"]
+    assert train_tokenizer.main([*named, *options, "--heldout_fraction=0.1"]) == 2
+    assert "one.jsonl: line 26" in capsys.readouterr().err
+    assert train_tokenizer.main([*named, *options, "--heldout_fraction=0.1", "--on_error=skip"]) == 0
+    assert "cannot be read: 1 for: not JSON" in capsys.readouterr().out
+    tokenizer, text = load_tokenizer(output), "  Zwölf\tБоксёр \U0001f600\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
