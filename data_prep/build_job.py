@@ -102,10 +102,10 @@ class Job:
 
     def _write_keys(self, unit: WorkUnit, progress: BuildProgress) -> None:
         found: dict[str, list[tuple[int, int]]] = {name: [] for name in self.comparisons}
-        for number, document in self._screen({}).documents(unit):
-            if document.text.strip():
+        for number, _, text in self._screen({}).documents(unit):
+            if text.strip():
                 for name, keys_of in self.comparisons.items():
-                    found[name] += [(key, number) for key in keys_of(document.text)]
+                    found[name] += [(key, number) for key in keys_of(text)]
             progress.count(documents=1)
         for name, keys in found.items():
             save_array(keys_path(self.root, name, unit.number), keys_array(unit.number, keys))

@@ -42,8 +42,8 @@ class Screen:
     read: Tally = Tally()
     dropped: dict[str, Tally] = field(default_factory=dict)
 
-    def documents(self, unit: WorkUnit) -> Iterator[tuple[int, Document]]:
-        """The documents that pass, each with its number in the unit."""
+    def documents(self, unit: WorkUnit) -> Iterator[tuple[int, Document, str]]:
+        """The documents that pass: the number in the unit, what was read, and the text that steps have made of it."""
         for number, document in enumerate(read_unit(unit, self.skipped)):
             text, reason = document.text, None
             num_bytes = len(text.encode())
@@ -57,7 +57,7 @@ class Screen:
                 continue
             if text != document.text:
                 self._count("changed", Tally(0, num_bytes - len(text.encode())))
-            yield number, Document(document.id, text)
+            yield number, document, text
 
     def drop(self, reason: str, num_bytes: int) -> None:
         """Count a document of `num_bytes` that is left out."""
@@ -92,37 +92,39 @@ class UnitBuilder:
         lengths: Counter[int] = Counter()
         with ExitStack() as stack:
             splits = {name: stack.enter_context(_Split(self, name, unit.number)) for name in SPLITS}
-            for documents in _batches(document for _, document in screen.documents(unit)):
+            for passed in _batches((document, text) for _, document, text in screen.documents(unit)):
                 tokens = 0
-                for document, pieces in zip(documents, self._tokenize(documents), strict=True):
-                    num_bytes, num_tokens = len(document.text.encode()), sum(map(len, pieces))
+                for (document, text), pieces in zip(passed, self._tokenize([text for _, text in passed]), strict=True):
+                    num_bytes, num_tokens = len(text.encode()), sum(map(len, pieces))
                     if num_tokens:
+                        # By what was read, as the tokenizer's training does, whatever steps have made of it.
                         name = "heldout" if is_heldout(document.text, self.heldout_fraction) else "train"
                         splits[name].add(pieces, num_bytes)
                         lengths[num_tokens.bit_length() - 1] += 1
                     else:
                         screen.drop("empty", num_bytes)
                     tokens += num_tokens
-                count(len(documents), tokens)
+                count(len(passed), tokens)
             shards = {name: split.finish() for name, split in splits.items()}
         counts = {name: split.counts for name, split in splits.items()}
         kept = {name: Tally(each.documents, each.bytes) for name, each in counts.items()}
         source = SourceCounts(screen.read, screen.dropped, kept, dict(screen.skipped or {}))
         return UnitRecord(counts, shards, source, tuple(lengths[size] for size in range(max(lengths, default=-1) + 1)))
 
-    def _tokenize(self, documents: Sequence[Document]) -> list[list[list[int]]]:
-        """Token ids of each piece of each document."""
-        pieces = [self.layout.pieces(document.text) for document in documents]
+    def _tokenize(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """Token ids of each piece of each text."""
+        pieces = [self.layout.pieces(text) for text in texts]
         encoded = iter(self.encode(list(chain.from_iterable(pieces))))
         return [list(islice(encoded, len(each))) for each in pieces]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(passed: Iterable[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
+    """Documents and their texts, so many at a time that they hold BATCH_CHARACTERS together."""
+    batch: list[tuple[Document, str]] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
+    for document, text in passed:
+        batch.append((document, text))
+        characters += len(text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

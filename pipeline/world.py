@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "CROSS_"),  # DeepSpeed's launcher and torchrun
-    *("OMPI_COMM_", "PMIX_", "PRTE_", "TORCHELASTIC_", "SPIKELM_"),
+    *("OMPI_COMM_", "PMI_", "PMIX_", "PRTE_", "TORCHELASTIC_", "SPIKELM_"),
 )
 """How the names of the environment variables begin that tell a process its place among others."""
 

@@ -31,7 +31,7 @@ def test_a_screen_counts_every_document_and_byte(tmp_path):
         (tmp_path / f"{number}.txt").write_text(text)
     (unit,) = plan_units([str(tmp_path)])
     screen = Screen((squeeze, refuse_shouting), {2: "duplicate", 4: "duplicate"})
-    passed = [(number, document.id, document.text) for number, document in screen.documents(unit)]
+    passed = [(number, document.id, text) for number, document, text in screen.documents(unit)]
     assert passed == [(0, "0.txt", "One two."), (3, "3.txt", "Fünf.")]
     assert screen.read == Tally(5, sum(len(text.encode()) for text in texts))
     # What a step drops is its, though an earlier document has the same words.

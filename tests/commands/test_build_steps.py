@@ -5,7 +5,9 @@ import json
 import pytest
 
 from data_prep import build_shards, train_tokenizer
+from data_prep.filters import normalize
 from data_prep.manifest import Manifest, Tally
+from data_prep.sources import is_heldout
 from data_prep.tokenization import load_tokenizer
 
 NGRAMS = ("max_top_ngram_characters", 3), ("max_duplicate_ngram_characters", 6)
@@ -70,6 +72,16 @@ def test_every_document_is_kept_or_counted_with_its_reason(build, inputs, tmp_pa
         assert sum((*source.dropped.values(), *source.kept.values()), Tally()) == source.read
     report = (tmp_path / "shards/report.md").read_text()
     assert "which is all that was read" in report and "left out: 1 for: not JSON" in report
+
+
+def test_documents_are_held_out_by_what_was_read(build, inputs, tmp_path):
+    two = tmp_path / "two.jsonl"
+    texts = [f"O\u0308 {json.loads(line)['text']}" for line in two.read_text().splitlines()]
+    two.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert build("shards", "--on_error=skip", "--steps.normalize") == 0
+    kept = Manifest.load(tmp_path / "shards").sources[1].kept["heldout"].documents
+    by_source, by_step = (sum(is_heldout(text, 0.1) for text in each) for each in (texts, map(normalize, texts)))
+    assert kept == by_source != by_step
 
 
 def test_broken_content_and_other_steps_are_refused(build, inputs, tmp_path, capsys):
