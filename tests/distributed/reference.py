@@ -35,6 +35,7 @@ class Rows:
     """A reader of made-up sentence pairs of very different lengths, so that targets differ by rank and micro-batch."""
 
     fingerprint = "made up"
+    samples_ahead = 0
 
     def __len__(self):
         return 64
