@@ -51,6 +51,7 @@ bench: $(INSTALLED)  ## print times and memory of primitives, layer, step, plans
 	python -m tests.bench.bench_memory
 	python -m tests.bench.bench_plan
 	python -m tests.bench.bench_loader
+	python -m tests.bench.bench_remote
 
 learning: $(INSTALLED)  ## train what the learning benchmark lacks, then print its tables
 	@. launch/env.sh

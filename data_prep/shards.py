@@ -78,7 +78,7 @@ class ShardRecord:
 
     name: str
     bytes: Size
-    xxh3_128: str
+    xxh3_128: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{32}$")]
     rows: list[pydantic.PositiveInt]
     offsets: dict[str, list[Size]]
 
