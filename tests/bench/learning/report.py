@@ -102,6 +102,7 @@ def draw(runs: Runs, path: Path) -> None:
     _draw_shares(work, runs, lambda result: result.operations / 1e12)
     spikes.set(xlabel="spikes per token", ylabel="recovered share R, %", title="what a spike buys")
     work.set(xlabel="training, TFLOP", ylabel="recovered share R, %", title="what computation buys", xscale="log")
+    work.tick_params(axis="x", which="minor", labelbottom=False)  # over a decade or two they overlap
     for name, seeds in runs.items():
         curve = next(iter(seeds.values())).rates
         if curve:
