@@ -105,10 +105,10 @@ class BuildSettings:
 
     steps: StepSettings = StepSettings()
 
-    deduplicate: Literal["exact", "near", "off"] = "exact"
+    deduplicate: Literal["exact", "near", "none"] = "exact"
     """exact: of documents with the same words, whatever their case and spaces, the first alone is kept: a text that is
     there twice is rarely meant to be learned twice. near: besides, of documents that share most of their runs of words.
-    For both the inputs are read once more. off: all are kept."""
+    For both the inputs are read once more. none: all are kept."""
 
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
 
@@ -147,7 +147,7 @@ RULES = (
     Rule(("layout", "random_next_probability", "short_row_probability"), _pair_faults),
     _needing("steps", StepSettings, "steps.decontaminate", [[]], "name data in steps.decontaminate", EVALUATION),
     _needing("steps.quality", QualityRules, "steps.check_quality", [False], "set steps.check_quality"),
-    _needing("near_duplicates", NearDuplicateSettings, "deduplicate", ["exact", "off"], "set deduplicate to near"),
+    _needing("near_duplicates", NearDuplicateSettings, "deduplicate", ["exact", "none"], "set deduplicate to near"),
 )
 
 
@@ -255,7 +255,7 @@ def steps_of(settings: StepSettings) -> tuple[Step, ...]:
 def comparisons_of(settings: BuildSettings) -> dict[str, KeysOf]:
     """How documents are compared with each other."""
     found: dict[str, KeysOf] = {}
-    if settings.deduplicate != "off":
+    if settings.deduplicate != "none":
         found["duplicate"] = lambda text: [words_key(text)]
     if settings.deduplicate == "near":
         bands = BandKeys(settings.near_duplicates)
