@@ -157,7 +157,7 @@ def test_a_killed_build_goes_on_after_its_last_unit(corpus, tokenizer, tmp_path,
     build(corpus, tokenizer, whole)
     read = []
 
-    def killed(unit):
+    def killed(unit, skipped=None):
         read.append(unit.number)
         for number, document in enumerate(read_unit(unit)):
             if len(read) == killed_at and number == 10:
@@ -168,7 +168,7 @@ def test_a_killed_build_goes_on_after_its_last_unit(corpus, tokenizer, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         build(corpus, tokenizer, output)
     assert not (output / "manifest.json").exists()
-    monkeypatch.setattr(units, "read_unit", lambda unit: read.append(unit.number) or read_unit(unit))
+    monkeypatch.setattr(units, "read_unit", lambda unit, skipped: read.append(unit.number) or read_unit(unit))
     assert build(corpus, tokenizer, output) == 0
     assert read == expected
     assert contents(output) == contents(whole)
@@ -485,7 +485,8 @@ def test_the_commands_run_as_modules_and_explain_every_field():
         words = " ".join(output.split())
         assert words.startswith(f"usage: python -m data_prep.{command} [--recipe FILE] [--field VALUE ...]")
         for field in known_fields(settings).values():
-            assert f"--{field.name} VALUE {field.doc[:30]}" in words
+            head = f"{field.name}:" if field.is_section else f"--{field.name} VALUE"
+            assert f"{head} {field.doc[:30]}" in words
 
 
 def test_verifying_what_is_no_folder_of_shards_ends_with_2(tmp_path, capsys):
