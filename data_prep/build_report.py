@@ -14,6 +14,7 @@ from data_prep.manifest import SPLITS, Manifest, SourceCounts, Tally
 REPORT_NAME = "report.md"
 PLOT_NAME = "report.png"
 MAX_BARS = 20
+MAX_REASONS = 8
 
 
 def write_report(root: Path, manifest: Manifest) -> None:
@@ -93,7 +94,7 @@ def _split_table(manifest: Manifest) -> list[str]:
 def _plot(manifest: Manifest) -> bytes:
     from matplotlib.figure import Figure  # takes a second, which other commands need not wait
 
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
     by_source, by_length = figure.subplots(1, 2)
     _draw_sources(by_source, manifest)
     _draw_lengths(by_length, manifest.lengths)
@@ -107,18 +108,29 @@ def _draw_sources(axes: Any, manifest: Manifest) -> None:
     together = zip(manifest.origin.inputs, manifest.sources, strict=True)
     shown = sorted(together, key=lambda pair: -pair[1].read.bytes)[:MAX_BARS]
     places, left = range(len(shown)), [0.0] * len(shown)
-    for kind, known in (("kept", SPLITS), ("dropped", _reasons(sum(manifest.sources, SourceCounts())))):
-        for name in known:
-            tallies = [(getattr(source, kind).get(name, Tally()), source.read) for _, source in shown]
-            shares = [100 * tally.documents / max(read.documents, 1) for tally, read in tallies]
-            axes.barh(places, shares, left=left, label=f"{kind}: {name}")
-            left = [start + share for start, share in zip(left, shares, strict=True)]
+    total = sum(manifest.sources, SourceCounts())
+    for label, kind, names in _segments(total):
+        counts = [sum(getattr(source, kind).get(name, Tally()).documents for name in names) for _, source in shown]
+        shares = [100 * count / max(source.read.documents, 1) for count, (_, source) in zip(counts, shown, strict=True)]
+        axes.barh(places, shares, left=left, label=label)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
     names = [Path(record.name).name[-30:] for record, _ in shown]
     axes.set_yticks(places, names, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("documents (%)")
     axes.set_title("What became of the documents" + (" of the largest inputs" if len(shown) == MAX_BARS else ""))
-    axes.legend(fontsize="small", loc="lower left")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+
+
+def _segments(total: SourceCounts) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Parts of a bar: label, attribute of SourceCounts, names. The reasons that dropped least stand together."""
+    reasons = [reason for reason in _reasons(total) if total.dropped[reason].documents]
+    reasons.sort(key=lambda reason: -total.dropped[reason].documents)
+    several = len(reasons) > MAX_REASONS
+    shown, rest = (reasons[: MAX_REASONS - 1], reasons[MAX_REASONS - 1 :]) if several else (reasons, [])
+    parts = [(f"kept: {split}", "kept", (split,)) for split in SPLITS]
+    parts += [(f"dropped: {reason[-40:]}", "dropped", (reason,)) for reason in shown]
+    return parts + ([(f"dropped for {len(rest)} other reasons", "dropped", tuple(rest))] if rest else [])
 
 
 def _draw_lengths(axes: Any, lengths: Sequence[int]) -> None:

@@ -243,7 +243,9 @@ def test_rotations_are_those_of_llama_at_fp32_whatever_the_models_dtype(dtype):
     model = ready_decoder().to(dtype)
     config, positions = model.config, torch.arange(2000, 2024)[None]
     angles = []
-    hook = model.model.stack.layers[0].register_forward_pre_hook(lambda _, arguments: angles.append(arguments[-1]))
+    hook = model.model.stack.layers[0].register_forward_pre_hook(
+        lambda _, arguments: angles.append(arguments[2].rotary)
+    )
     model(token_ids(rows=1), position_ids=positions)
     hook.remove()
     ((cos, sin),) = angles
@@ -428,7 +430,7 @@ def test_every_layer_keeps_the_same_mask_for_the_backward():
     model, ids = ready_decoder(num_hidden_layers=3), token_ids()
     masks = []
     for layer in model.model.stack.layers:
-        layer.attention.register_forward_pre_hook(lambda _, arguments: masks.append(arguments[2]))
+        layer.attention.register_forward_pre_hook(lambda _, arguments: masks.append(arguments[2].mask))
     model(ids, position_ids=positions_of(24))
     assert len(masks) == 3 and len({mask.data_ptr() for mask in masks}) == 1
     assert masks[0].shape == (4 * 2, 1, 24, 24)

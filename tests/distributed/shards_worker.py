@@ -9,11 +9,11 @@ from data_prep.ranks import launched_as
 from data_prep.sources import read_unit
 
 
-def broken(unit):
+def broken(unit, skipped):
     """Fails in one rank alone, as no input does; the others' units are long."""
     if unit.number == 3:
         raise RuntimeError("broken on purpose")
-    yield from read_unit(unit)
+    yield from read_unit(unit, skipped)
 
 
 def main(folder, arguments):
