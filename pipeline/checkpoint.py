@@ -95,7 +95,9 @@ def find_start(config: RunConfig, checkpointer: "Checkpointer", data: dict[str, 
     before = settings_from_dict(RunConfig, saved.recipe)
     changes = differences(before, config)
     if others := identity_differences(saved.data, data):
-        changes += mixture_differences(before, config) + others
+        if any(saved.data.get(name) != data.get(name) for name in ("fingerprint", "shares")):
+            changes += mixture_differences(before, config)
+        changes += others
     if saved.world_size != fresh.world_size:
         changes.append(
             f"{saved.world_size} processes in the checkpoint, {fresh.world_size} now: launch as many as then"

@@ -70,9 +70,11 @@ def keep_heap() -> None:
     Otherwise glibc returns large blocks and asks for them anew, and the kernel clears their pages every time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None and not HEAP_SETTINGS.keys() & os.environ.keys():
+    is_told = HEAP_SETTINGS.keys() & os.environ.keys() or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if mallopt is not None and not is_told:
         for number, size in HEAP_SETTINGS.values():
-            mallopt(number, size)
+            if not mallopt(number, size):  # older ones take no more than this
+                mallopt(number, 32 << 20)
 
 
 def _discover() -> None:

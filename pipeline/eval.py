@@ -7,6 +7,7 @@ encoders on the held-out rows, whose masked tokens they are to find.
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +242,19 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     """Look at what the model's layers multiply with on made-up text, and tell."""
+    for name in ("text", "window", "stride"):
+        if getattr(options, name):
+            raise ValueError(f"--{name} has no effect with --check-spikes, which makes up its text: leave it out")
     model = _open(options)[0]
     found = check_spikes(model, {name: each.to(model.device) for name, each in probe_batch(model.config).items()})
     print(f"{len(found.spiking)} products are of spikes alone: linear layers, keys and values of the stack")
     print(f"real by design: {', '.join(found.real)}")
+    if found.silent:
+        print(f"no spike was seen of: {', '.join(found.silent)}")
     for line in found.faults:
         print(f"not of spikes: {line}")
+    if options.json:
+        write_json(options.json, asdict(found))
     return 1 if found.faults else 0
 
 

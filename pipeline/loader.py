@@ -221,11 +221,15 @@ def order_identity(reader: RowReader, order: OrderState | MixtureState) -> dict[
     }
 
 
+MOVED = " (data.order auto goes by where shards lie: set data.order, or both numbers, to what they were)"
+
+
 def identity_differences(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
     """One line for each entry in which two order identities differ; empty where training may go on."""
     names = dict.fromkeys([*current, *saved])
     return [
         f"{name}: {saved.get(name, 'missing')!r} in the checkpoint, {current.get(name, 'missing')!r} now"
+        + (MOVED if name.startswith("shuffle_") else "")
         for name in names
         if saved.get(name, "missing") != current.get(name, "missing")
     ]

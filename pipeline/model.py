@@ -23,10 +23,11 @@ from models.modeling import (
 )
 from models.warm_start import CheckpointTensors, WarmStartReport, llama_differences, load_bert, load_llama
 from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
-from pipeline.config import EngineSettings, RunConfig, is_decoder, zero_stage
+from pipeline.config import DataSettings, EngineSettings, RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_folders, open_tokenizer
 from pipeline.engine import partition_weights
 from pipeline.model_folder import read_model_folder
+from pipeline.remote import RemoteError
 from pipeline.shard_cache import ShardFolder
 from pipeline.world import World
 
@@ -53,6 +54,8 @@ def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeL
         return model, []
     load = load_own if is_own else load_llama if model.config.traits.causal else load_bert
     report = load(model, CheckpointTensors(config.model.warm_start))
+    if is_own:
+        report.remarks += _settle_differences(model, Path(config.model.warm_start))
     parts = {"starts from random weights": report.missing, "is in the checkpoint but not in the model": report.unused}
     remarks = [f"{', '.join(names)} {what}" for what, names in parts.items() if names]
     return model, remarks + report.remarks + other_tokens(Path(config.model.warm_start), corpus.tokenizer)
@@ -72,6 +75,8 @@ def load_own(model: SpikeLMPreTrainedModel, tensors: CheckpointTensors) -> WarmS
             rest = (theirs[1:], ours[1:]) if name.endswith(POSITIONS) else (theirs, ours)
             faults += [f"{name} is {list(theirs)}, expected {list(ours)}"] if rest[0] != rest[1] else []
         elif not any(tensor is own[other] for other in own.keys() & set(tensors)):  # tied to one that is there
+            is_body = name.startswith(("model.embeddings.", "model.stack."))
+            faults += [f"{name} is absent from it"] if is_body else []
             report.missing.append(name)
     if faults:
         raise ValueError(
@@ -88,6 +93,35 @@ def load_own(model: SpikeLMPreTrainedModel, tensors: CheckpointTensors) -> WarmS
             ours.copy_(theirs)
     report.unused = sorted(set(tensors) - own.keys())
     return report
+
+
+NETWORK = (
+    *("family", "num_attention_heads", "num_key_value_heads", "hidden_act", "mlm_head_act"),
+    *("layer_norm_eps", "rms_norm_eps", "rope_parameters"),
+)
+"""What of a configuration decides what a model computes, and shows in no shape."""
+
+
+def _settle_differences(model: SpikeLMPreTrainedModel, folder: Path) -> list[str]:
+    """Remarks on another neuron than the exported model's, whose amplitudes then do not count.
+
+    Raises ValueError where the model would be another network than the exported one.
+    """
+    theirs, ours = read_json(folder / CONFIG_NAME), model.config.to_dict()
+    faults = [
+        f"{name} is {ours[name]!r}, was {theirs.get(name)!r}" for name in NETWORK if ours[name] != theirs.get(name)
+    ]
+    if faults:
+        raise ValueError(
+            f"model.warm_start {folder}: {'; '.join(faults)}: set model.overrides, as by --model.overrides.NAME VALUE, "
+            "to the exported model's"
+        )
+    was = theirs.get("neuron", {})
+    changed = [name for name, value in ours["neuron"].items() if was.get(name) != value]
+    if changed:
+        spiking_stack(model).reset_amplitudes()
+        return [f"another neuron than the exported one's ({', '.join(changed)}): amplitudes are measured anew"]
+    return []
 
 
 def _is_own(folder: Path) -> bool:
@@ -213,11 +247,21 @@ def open_model(
         checkpoint = resolve_checkpoint(given)
         state = read_state(checkpoint)
         config = settings_from_dict(RunConfig, state.recipe)
-        own = open_folders(config.data)
-        are_there = all(folder.root.is_dir() for folder in own)
-        _, tokenizer = open_data(own if are_there else open_folders(config.data, shards or ()) or own, state)
+        _, tokenizer = open_data(_folders_of(config.data, shards or ()), state)
         return trained_model(config, tokenizer, checkpoint), tokenizer, config
     return *read_model_folder(given), None
+
+
+def _folders_of(data: DataSettings, others: Sequence[str]) -> list[ShardFolder]:
+    """The folders of a run's shards, or, where these are gone, others."""
+    try:
+        own = open_folders(data)
+    except RemoteError:
+        if not others:
+            raise
+        return open_folders(data, others)
+    are_there = all(folder.root.is_dir() for folder in own)
+    return own if are_there else open_folders(data, others) or own
 
 
 def _untrained(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> SpikeLMPreTrainedModel:

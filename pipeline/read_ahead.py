@@ -1,5 +1,6 @@
 """Fetching what comes: a thread that has the shards of the next samples at hand before they are read."""
 
+import sys
 import threading
 from dataclasses import replace
 from typing import Protocol
@@ -9,8 +10,8 @@ import numpy as np
 from pipeline.mixture import MixtureState, next_samples
 from pipeline.order import OrderState
 
-AT_ONCE = 4096
-"""Positions whose shards are looked up together."""
+AT_ONCE = 256
+"""Positions whose shards are looked up together, and fetched even if the walk is ended meanwhile."""
 
 
 class Fetcher(Protocol):
@@ -24,14 +25,15 @@ class Fetcher(Protocol):
 class ReadAhead:
     """Walks through the order, of all ranks, up to `reader.samples_ahead` positions before the training.
 
-    What cannot be fetched ends the walk: whoever then reads it meets the same error, and tells it.
+    What cannot be fetched is told once, and tried again when training has gone on; whoever has to read it meets the
+    same error.
     """
 
     def __init__(self, reader: Fetcher, order: OrderState | MixtureState) -> None:
         self._reader = reader
         self._order = order
         self._position = order.position
-        self._is_closed = False
+        self._is_closed = self._has_told = False
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._walk, daemon=True)
         self._thread.start()
@@ -55,9 +57,18 @@ class ReadAhead:
             ids, _ = next_samples(replace(self._order, position=place), AT_ONCE)
             try:
                 self._reader.fetch(ids)
-            except (ValueError, OSError):
-                return
-            place += AT_ONCE
+                place += AT_ONCE
+            except (ValueError, OSError) as error:
+                self._pause(error)
+
+    def _pause(self, error: Exception) -> None:
+        """Until training has gone on, or the walk is ended."""
+        if not self._has_told:
+            print(f"reading ahead has failed, and will be tried again: {error}", file=sys.stderr, flush=True)
+        self._has_told = True
+        with self._news:
+            seen = self._position
+            self._news.wait_for(lambda: self._is_closed or self._position != seen)
 
     def _may_go_on(self, place: int) -> bool:
         with self._news:

@@ -24,6 +24,9 @@ ATTEMPTS = 6
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the second attempt, doubled before each further one."""
 
+MOST_UNTOLD = 1 << 30
+"""Bytes of a file whose size nobody has told: manifests, indexes and tokenizers."""
+
 PATIENCE = 60.0
 """Seconds in which a server must send something."""
 
@@ -100,10 +103,13 @@ def _append(url: str, file: BinaryIO, size: int | None) -> None:
     if begin != have:
         file.truncate(0)
         file.seek(0)
+    most = MOST_UNTOLD if size is None else size
     with closing(stream):
-        while piece := _read(stream):
+        while file.tell() <= most and (piece := _read(stream)):
             file.write(piece)
     file.flush()
+    if size is None and file.tell() > most:
+        raise RemoteError(f"{url} is larger than {most} bytes, as nothing is that a folder of shards has beside them")
     found, expected = file.tell(), size if size is not None else end
     if expected is not None and found != expected:
         if found > expected:

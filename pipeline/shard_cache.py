@@ -5,7 +5,7 @@
 <cache>/<xxh3_128>.tar.tmp   one that is coming
 <cache>/locks/               who fetches: one process at a time for each file, for whom the others wait
 
-Processes of all jobs may share a cache. A shard that a reader has open is locked (shared) and never evicted.
+Processes of all jobs of a user may share a cache. A shard that a reader has open is locked (shared) and never evicted.
 """
 
 import fcntl
@@ -119,6 +119,9 @@ class ShardCache:
                 _fetch_folder(url, content, unfinished)
                 with suppress(OSError):  # another URL with the same content was faster
                     os.replace(unfinished, folder)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                if not folder.is_dir():
+                    raise RemoteError(f"{url}: {folder} cannot be made: make room there, or set another data.cache")
         return folder
 
 

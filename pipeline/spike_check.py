@@ -22,11 +22,13 @@ class SpikeCheck:
     Attributes:
         spiking: names of linear layers, keys and values that were spikes: at every timestep of a forward 0, and one
             amplitude with either sign
+        silent: names of those of them that no spike was seen of
         faults: one line for each that was not, or that no product was seen of
         real: what stands outside the layers, or does not spike by design
     """
 
     spiking: tuple[str, ...]
+    silent: tuple[str, ...]
     faults: tuple[str, ...]
     real: tuple[str, ...]
 
@@ -47,6 +49,7 @@ def check_spikes(model: nn.Module, inputs: Mapping[str, Tensor]) -> SpikeCheck:
     found = watch.seen | unseen
     return SpikeCheck(
         spiking=tuple(name for name, fault in found.items() if fault is None),
+        silent=tuple(name for name, fault in found.items() if fault is None and name not in watch.fired),
         faults=tuple(f"{name}: {fault}" for name, fault in found.items() if fault is not None),
         real=(*REAL_BY_DESIGN, *(name for name in linears if name not in watched)),
     )
@@ -58,6 +61,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, names: Mapping[int, str], num_timesteps: int) -> None:
         super().__init__()
         self.seen: dict[str, str | None] = {}
+        self.fired: set[str] = set()
         self._names = names
         self._num_timesteps = num_timesteps
         self._num_attentions = 0
@@ -81,3 +85,5 @@ class _Watch(TorchFunctionMode):
                 self.seen[name] = f"sees {len(sizes):,} different sizes at timestep {t + 1}, not 0 and one amplitude"
                 return
         self.seen.setdefault(name, None)
+        if x.any():
+            self.fired.add(name)

@@ -78,8 +78,10 @@ class Trainer:
         if self.state.step == 0:
             with self.throughput.paused():
                 self._start()
-        batches = self.corpus.train_batches(self.state.samples_consumed, last - self.state.step)
-        for batch in self.throughput.waiting_for(batches):
+        # No name for the batches: an error's traceback would keep them, and so the loader's workers, alive.
+        for batch in self.throughput.waiting_for(
+            self.corpus.train_batches(self.state.samples_consumed, last - self.state.step)
+        ):
             result = self.train_step(batch)
             self.state = self.state.after_step(self.config.training.global_batch_size)
             step = self.state.step

@@ -8,7 +8,7 @@ from tiny import CONFIG, OneProcess, make_batch, make_model
 from torch import nn
 
 from data_prep.manifest import TOKENIZER_FOLDER
-from models.amplitudes import calibrate_amplitudes
+from models.amplitudes import calibrate_amplitudes, spiking_stack
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForCausalLM, SpikeLMForPreTraining
 from models.warm_start import CheckpointTensors
@@ -135,6 +135,14 @@ def test_an_exported_model_of_another_shape_is_refused(tmp_path):
     assert all(torch.equal(tensor.nan_to_num(7.0), before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_half_an_exported_model_is_refused(tmp_path):
+    tensors, _ = exported(tmp_path)
+    half = {name: tensors[name] for name in tensors if "layers.1" not in name}
+    half = type("Half", (dict,), {"shape": lambda self, name: tuple(self[name].shape)})(half)
+    with pytest.raises(ValueError, match="layers.1.attention.qkv.weight is absent from it"):
+        load_own(make_model(), half)
+
+
 def test_a_run_starts_from_an_exported_model(tmp_path, tiny_shards):
     arguments = ["--recipe", "tests/distributed/tiny.yaml", "--data.shards", str(tiny_shards)]
     corpus = open_corpus(load_run_config(arguments), OneProcess())
@@ -144,3 +152,14 @@ def test_a_run_starts_from_an_exported_model(tmp_path, tiny_shards):
     second, remarks = build_model(load_run_config([*arguments, *longer]), corpus, OneProcess())
     assert remarks == ["positions from 128 on start from random weights"]
     assert torch.equal(first.mlm_head.dense.weight, second.mlm_head.dense.weight)
+    assert spiking_stack(second).calibrated == spiking_stack(first).calibrated
+    spiking_stack(first).amplitudes.fill_(0.5)
+    spiking_stack(first).calibrated.fill_(True)
+    first.save_pretrained(tmp_path)
+    for more, is_calibrated in (([], True), (["--model.neuron.leak", "0.5"], False)):
+        third, remarks = build_model(load_run_config([*arguments, *longer, *more]), corpus, OneProcess())
+        assert spiking_stack(third).calibrated == is_calibrated
+        assert any("(leak): amplitudes are measured anew" in line for line in remarks) != is_calibrated
+    other = ["--model.overrides.num_attention_heads", "1"]
+    with pytest.raises(ValueError, match="num_attention_heads is 1, was [2-9]: set model.overrides"):
+        build_model(load_run_config([*arguments, *longer, *other]), corpus, OneProcess())

@@ -8,7 +8,7 @@ import torch
 
 from data_prep.shards import ShardIndex, ShardReader, ShardWriter, row_fields
 from pipeline.config import ObjectiveSettings
-from pipeline.loader import ElasticLoader, SplitRows, heldout_batches, identity_differences, order_identity
+from pipeline.loader import MOVED, ElasticLoader, SplitRows, heldout_batches, identity_differences, order_identity
 from pipeline.objectives import IGNORED, MaskedTokens, SpecialTokens, count_targets
 from pipeline.order import OrderState
 
@@ -204,7 +204,7 @@ def test_identity_names_what_differs(reader):
     now = order_identity(reader, OrderState(seed=1, num_samples=103, position=7, run=4))
     assert identity_differences(saved, now) == [
         "fingerprint: 'f00d' in the checkpoint, 'beef' now",
-        "shuffle_window: 32 in the checkpoint, None now",
+        "shuffle_window: 32 in the checkpoint, None now" + MOVED,
     ]
     assert identity_differences({}, {"seed": 1}) == ["seed: 'missing' in the checkpoint, 1 now"]
 

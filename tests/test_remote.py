@@ -16,6 +16,7 @@ from pipeline.config import load_run_config
 from pipeline.corpus import open_corpus
 from pipeline.loader import ElasticLoader, JoinedRows, SplitRows
 from pipeline.order import OrderState, run_and_window
+from pipeline.read_ahead import ReadAhead
 from pipeline.remote import RemoteError, download
 from pipeline.shard_cache import CachedReader, ShardCache, open_folder
 from tests.http_store import http_store
@@ -222,6 +223,31 @@ def test_shards_are_fetched_before_they_are_read(num_workers, folder, store, rea
         assert np.array_equal(batch.sample_ids, expected.sample_ids)
         assert all(np.array_equal(batch.tensors[name], expected.tensors[name]) for name in expected.tensors)
     assert set(store.requests.values()) == {1}
+
+
+def test_reading_ahead_is_tried_again_when_training_goes_on(folder, store, reader, capsys):
+    store.faults = {"0000.tar": [403]}
+    order = OrderState(5, len(reader), 0, *run_and_window("remote", 32))
+    ahead = ReadAhead(reader, order)
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 30
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert condition()
+
+    said = []
+    wait_for(lambda: said.append(capsys.readouterr().err) or "will be tried again" in "".join(said))
+    ahead.reached(8)
+    wait_for(lambda: len(list(reader.cache.folder.glob("*.tar"))) == 10)
+    ahead.close()
+
+
+def test_more_than_what_was_asked_for_is_not_kept(store, folder, tmp_path):
+    size = (folder / "train-0000.tar").stat().st_size
+    with pytest.raises(RemoteError, match="expected 100"):
+        download(f"{store.url}/train-0000.tar", tmp_path / "file", size=100)
+    assert size > 100 and not list(tmp_path.iterdir())
 
 
 def test_reading_ahead_stops_where_a_part_of_the_cache_is_full(folder, store, tmp_path):

@@ -55,12 +55,17 @@ def test_energy_is_that_of_the_measured_rates(measure, runs):
     assert values["energy_of_ordinary_layers"] > 1e-6 * 1.5 * linears
 
 
-def test_layers_are_proved_to_multiply_spikes_alone(runs, capsys, monkeypatch):
-    assert main([str(runs / "whole-decoder"), "--check-spikes", "--device", "cpu"]) == 0
+def test_layers_are_proved_to_multiply_spikes_alone(runs, capsys, monkeypatch, tmp_path):
+    check = [str(runs / "whole-decoder"), "--check-spikes", "--device", "cpu"]
+    assert main([*check, "--text", "a.txt"]) == 2
+    assert "--text has no effect with --check-spikes" in capsys.readouterr().err
+    assert main([*check, "--json", str(tmp_path / "check.json")]) == 0
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["faults"] == found["silent"] == [] and len(found["spiking"]) == 6 * 2
     assert "products are of spikes alone" in (said := capsys.readouterr().out) and "lm_head" in said
     fire = BlockNeurons.fire
     monkeypatch.setattr(BlockNeurons, "fire", lambda *args, **options: fire(*args, **options) + 1e-3 * args[2])
-    assert main([str(runs / "whole-decoder"), "--check-spikes", "--device", "cpu"]) == 1
+    assert main(check) == 1
     assert "not of spikes: keys of layer 0: sees" in capsys.readouterr().out
 
 
