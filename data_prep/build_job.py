@@ -47,7 +47,8 @@ class Job:
             if self._without(lambda unit, name=name: repeats_path(self.root, name, unit)):
                 reading.append((name, self._without(lambda unit, name=name: keys_path(self.root, name, unit))))
         todo = sorted({number for _, numbers in reading for number in numbers})
-        self._each("reading", todo, self._write_keys)
+        if todo:
+            self._each("reading", todo, self._write_keys)
         for name, _ in reading:
             self._compare(name, todo, memory)
 

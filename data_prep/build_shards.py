@@ -43,7 +43,7 @@ from data_prep.tokenization import (
     vocabulary_size,
 )
 from data_prep.units import Step, UnitBuilder
-from data_prep.work_folder import is_built, only_job, prepare
+from data_prep.work_folder import WORK_FOLDER, is_built, only_job, prepare
 
 UNITS = 1024
 UNIT_MEGABYTES = (8, 512)
@@ -170,11 +170,12 @@ def build(settings: BuildSettings, ranks: Ranks) -> None:
     hashes = hash_inputs(settings.input, ranks)
     plan = ranks.agree(lambda: make_plan(settings, tokenizer, hashes))
     builder = ranks.agree(lambda: unit_builder(settings, tokenizer, plan))
-    if is_finished(root, plan, settings, ranks):
+    is_clean = ranks.share(lambda: not (root / WORK_FOLDER).exists(), bool)
+    if is_clean and is_finished(root, plan, settings, ranks):
         return
     with telling_what_to_do(root), only_job(root, ranks):
         if is_finished(root, plan, settings, ranks):
-            return
+            return  # and leave no work folder behind
         started = time.monotonic()
         units, inputs = ranks.share(lambda: planned_units(settings, plan), tuple[list[WorkUnit], list[int]])
         ranks.agree(lambda: prepare(root, plan, settings.overwrite) if ranks.is_first else None)
@@ -212,6 +213,9 @@ def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, hashe
     Raises:
         ValueError: the tokenizer was trained on documents that are to be held out.
     """
+    for name in (settings.tokenizer, *settings.input):
+        if Path(name).resolve().is_relative_to(Path(settings.output).resolve()):
+            raise ValueError(f"{name} lies within the output {settings.output}, which is emptied: move one of them")
     training = Path(settings.tokenizer) / TRAINING_RECORD
     if training.exists():
         fraction = read_record(TrainingRecord, training).origin.settings["heldout_fraction"]
@@ -228,7 +232,8 @@ def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast, hashe
         "row_length": row_length(settings),
         "unit_megabytes": settings.unit_megabytes or unit_megabytes(sum(each.bytes for each in inputs)),
     }
-    for name in ("input", "output", "overwrite", "deduplicate_megabytes"):
+    # What could be read is the same whatever becomes of the rest.
+    for name in ("input", "output", "overwrite", "on_error", "deduplicate_megabytes"):
         del deciding[name]
     # Evaluation data is known by its content, wherever it lies.
     deciding["steps"]["decontaminate"] = [record_input(name).xxh3_128 for name in settings.steps.decontaminate]

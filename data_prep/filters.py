@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -52,7 +53,7 @@ class QualityRules:
     """Least share of words with a letter in them."""
 
     min_stop_words: NonNegativeInt = 2
-    """Fewest English stop words (the, be, to, of, and, that, have, with); 0 for other languages."""
+    """Fewest different English stop words (the, be, to, of, and, that, have, with); 0 for other languages."""
 
     max_duplicate_line_share: Share = 0.3
     """Greatest share of lines, and of paragraphs, that stood before in the document."""
@@ -77,11 +78,11 @@ class QualityRules:
 class StepSettings:
     """Steps between reading a document and tokenising it, in this order; none is taken unless asked for."""
 
-    normalize: bool = False
-    """Compose characters (NFC), remove control characters, and make white space uniform."""
-
     mend_mojibake: bool = False
     """Read lines again as UTF-8 that were taken for Windows-1252, where all of the line allows it."""
+
+    normalize: bool = False
+    """Compose characters (NFC), remove control characters, and make white space uniform."""
 
     check_quality: bool = False
     """Leave out documents that break the rules of quality."""
@@ -123,7 +124,7 @@ class Steps:
 # Normalisation
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\ufeff\ufff9-\uffff]")
-_LINE_END = re.compile("\r\n?|[\x85\u2028]")
+_LINE_END = re.compile("\r\n?|[\x0b\x0c\x85\u2028]")
 _ODD_SPACES = "\t\xa0\u1680\u2000-\u200a\u202f\u205f\u3000"
 _SPACES = re.compile(f"[ {_ODD_SPACES}]{{2,}}|[{_ODD_SPACES}]")  # not the single spaces that are right
 _LINE_BORDER = re.compile(" \n ?|\n ")
@@ -137,7 +138,7 @@ def normalize(text: str) -> str:
     Also goes what shows nothing or is no character: soft hyphens, byte order marks, U+FFF9 to U+FFFF (among them the
     replacement character). Joiners stay, since several scripts are spelled with them.
     """
-    text = _LINE_END.sub("\n", text) if "\r" in text or not text.isascii() else text
+    text = _LINE_END.sub("\n", text)
     if text.isascii():
         text = _ASCII_CONTROL.sub("", text)
     else:
@@ -211,7 +212,7 @@ def _word_faults(text: str, words: Sequence[str], rules: QualityRules) -> Iterat
         yield "max_symbol_share"
     if sum(map(bool, map(_LETTER.search, words))) < rules.min_alphabetic_share * len(words):
         yield "min_alphabetic_share"
-    if rules.min_stop_words and sum(map(_STOP_WORDS.__contains__, text.lower().split())) < rules.min_stop_words:
+    if rules.min_stop_words and len(_STOP_WORDS.intersection(text.lower().split())) < rules.min_stop_words:
         yield "min_stop_words"
     if not rules.allow_lorem_ipsum and "lorem ipsum" in text.lower():
         yield "allow_lorem_ipsum"
@@ -289,7 +290,7 @@ class EvaluationNgrams:
             num_texts = 0
             for text in _texts(name, settings.decontaminate_text_field):
                 hashes = hash_words(words_of(text))
-                if len(hashes) >= min(settings.shortest_words, self.size):
+                if len(hashes) >= settings.shortest_words:
                     size = min(self.size, len(hashes))
                     found.setdefault(size, []).append((hash_ngrams(hashes, size), number))
                     num_texts += 1
@@ -310,7 +311,7 @@ class EvaluationNgrams:
             places = np.minimum(np.searchsorted(known, ngrams), len(known) - 1)
             hits = np.flatnonzero(known[places] == ngrams)
             if len(hits):
-                return f"in evaluation data {self.names[owners[places[hits[0]]]]}"
+                return f"in evaluation data {Path(self.names[owners[places[hits[0]]]]).name}"
         return None
 
 

@@ -58,14 +58,19 @@ def read_csv(unit: WorkUnit, faults: Faults) -> Iterator[Document]:
     # Bytes that are no UTF-8 become surrogates, so that they spoil their own row alone.
     lines = (line.decode(errors="surrogateescape") for _, line in _lines(unit, faults, keep_blank=True))
     rows = csv.reader(lines, "excel-tab" if ".tsv" in Path(path).suffixes else "excel", strict=True)
-    names = next(rows, None)
+    try:
+        names = next(rows, None)
+    except csv.Error as error:
+        raise SourceError(f"{path}: the first row is not CSV: {error}: mend the names of the columns") from None
     if names is None:
         return
+    names[0:1] = [name.removeprefix("\ufeff") for name in names[0:1]]  # as spreadsheets begin a file
     if unit.text_field not in names:
         raise no_column(path, unit.text_field, names)
     column, number = names.index(unit.text_field), 0
     while True:
         number += 1
+        before = rows.line_num
         try:
             row = next(rows, None)
             if row is None:
@@ -73,10 +78,15 @@ def read_csv(unit: WorkUnit, faults: Faults) -> Iterator[Document]:
             if row:
                 yield Document(f"{unit.name_of(path)}:{number}", _cell(row, column, len(names)))
         except BrokenContent as fault:
-            faults.add(fault, lambda number=number: f"{path}: row {number} (up to line {rows.line_num})")
+            _add_row(faults, fault, path, number, before, rows.line_num)
         except csv.Error as error:
             fault = BrokenContent("not CSV", f": {error}: mend or remove the row")
-            faults.add(fault, lambda number=number: f"{path}: row {number} (up to line {rows.line_num})")
+            _add_row(faults, fault, path, number, before, rows.line_num)
+
+
+def _add_row(faults: Faults, fault: BrokenContent, path: str, number: int, before: int, last: int) -> None:
+    """A quote that is never closed takes all lines up to the next one: as many rows may be lost."""
+    faults.add(fault, lambda: f"{path}: row {number} (lines {before + 1} to {last})", max(1, last - before))
 
 
 def _cell(row: list[str], column: int, num_columns: int) -> str:

@@ -88,6 +88,9 @@ def input_files(name: str) -> list[Path]:
         raise SourceError(f"input {name!r}: unknown format; known are {KNOWN}")
     else:
         files = [path]
+    for file in files:
+        if not str(file).isprintable() and any("\ud800" <= letter <= "\udfff" for letter in str(file)):
+            raise SourceError(f"input {name!r}: {str(file)!r} is no name in UTF-8: rename the file")
     if not sum(file.stat().st_size for file in files):
         raise SourceError(f"input {name!r}: {path} is empty: leave it out, or give it text")
     return files

@@ -109,7 +109,7 @@ def train(settings: TokenizerSettings) -> None:
 def origin_of(settings: TokenizerSettings) -> Origin:
     """What the vocabulary will depend on."""
     deciding = asdict(settings)
-    for name in ("input", "output", "overwrite"):
+    for name in ("input", "output", "overwrite", "on_error"):
         del deciding[name]
     if settings.kind == "sentencepiece" and not _has_prefix(settings):
         deciding["prefix"] = False  # there were tokenizers for decoders that put a space before a text
@@ -155,22 +155,23 @@ class TrainingTexts:
     def __init__(self, settings: TokenizerSettings, progress: tqdm) -> None:
         self.least_share = 1.0
         """Any larger heldout_fraction holds some document out; known after a pass."""
-        self.skipped: Counter[str] | None = None
-        """What a pass has left out, by reason; None: broken content is an error."""
+        self.skipped: Counter[str] | None = Counter() if settings.on_error == "skip" else None
+        """What a whole pass has left out, by reason; None: broken content is an error."""
         self._settings = settings
         self._progress = progress
 
     def __call__(self) -> Iterator[str]:
         settings = self._settings
         self._progress.reset()
-        self.skipped = Counter() if settings.on_error == "skip" else None
+        skipped = None if self.skipped is None else Counter()
         for unit in plan_units(settings.input, text_field=settings.text_field):
-            for document in read_unit(unit, self.skipped):
+            for document in read_unit(unit, skipped):
                 self._progress.update()
                 self.least_share = min(self.least_share, hash_share(document.text))
                 is_sampled = hash_share(document.text, SAMPLE_SALT) < settings.sample_fraction
                 if is_sampled and not is_heldout(document.text, settings.heldout_fraction):
                     yield document.text
+        self.skipped = skipped  # passes may end before that
 
 
 def save(output: Path, tokenizer: PreTrainedTokenizerFast, model: bytes | None, origin: Origin) -> None:

@@ -7,6 +7,7 @@
 #   srun --mpi=pmix --cpu-bind=none python -m data_prep.build_shards --recipe RECIPE
 # MPI_HOSTFILE is mpirun's own file: a line `NAME slots=CORES` for each machine.
 set -euo pipefail
+asked=${PROCESSES:-}
 PROCESSES=${PROCESSES:-$(nproc)}
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
@@ -17,7 +18,9 @@ if [ "${1#--}" = "$1" ]; then
 fi
 [ "$(id -u)" -ne 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 where=(-n "$PROCESSES" --oversubscribe)
-if [ -n "${MPI_HOSTFILE:-}" ]; then where=(--hostfile "$MPI_HOSTFILE" -x PATH -x PYTHONPATH); fi
+if [ -n "${MPI_HOSTFILE:-}" ]; then
+    where=(${asked:+-n "$asked"} --hostfile "$MPI_HOSTFILE" -x PATH -x PYTHONPATH -x OMP_NUM_THREADS)
+fi
 # Unbound: mpirun would hold a small number of processes each on one core, whatever else works there.
 export OMP_NUM_THREADS=1
 exec mpirun "${where[@]}" --bind-to none python -m data_prep.build_shards "$@"

@@ -39,7 +39,7 @@ def words(count, start=0):
         ("  a \t b\u00a0\u2009c  \r\n d\rnext\r\n\r\n\r\n\r\nlast ", "a b c\nd\nnext\n\nlast"),
         ("e\u0301te\u0301 \u212b", "\u00e9t\u00e9 \u00c5"),
         ("nul\x00 bell\x07 del\x7f c1\x9f soft\u00adhyphen \ufeffbom \ufffd\uffff", "nul bell del c1 softhyphen bom"),
-        ("tab\tform\x0cfeed", "tab formfeed"),
+        ("tab\tform\x0cfeed", "tab form\nfeed"),
         ("line\u2028line\u2029paragraph\x85line", "line\nline\n\nparagraph\nline"),
         (
             "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
@@ -149,8 +149,8 @@ def test_documents_with_evaluation_data_in_them_are_left_out(tmp_path):
     steps = Steps(StepSettings(decontaminate=(first, second)))
     for start in (0, 27):
         text = f"Before. {words(13, start).upper().replace(' ', ', ')}. After."
-        assert steps.apply(text) == (None, f"in evaluation data {first}")
-    assert steps.apply(f"x {words(9, start=100)} y") == (None, f"in evaluation data {second}")
+        assert steps.apply(text) == (None, "in evaluation data first.jsonl")
+    assert steps.apply(f"x {words(9, start=100)} y") == (None, "in evaluation data second.jsonl")
     for clean in (words(12), words(12, start=28), words(8, start=100), "too short to tell", "", words(13, start=500)):
         assert steps.apply(clean) == (clean, None)
 

@@ -147,7 +147,7 @@ BROKEN = [
         "a.csv",
         lambda raw: raw.replace(b"\xc3\xa9", b"\xe9", 1),
         "invalid UTF-8",
-        r"row 1 \(up to line 3\): invalid UTF-8",
+        r"row 1 \(lines 2 to 3\): invalid UTF-8",
     ),
     (
         "a.csv",
@@ -283,3 +283,15 @@ def test_datasets_is_imported_only_where_it_is_needed(tmp_path):
     )
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True)
     assert len(TEXTS) > ROWS_AT_ONCE  # so that these tests read several slices
+
+
+def test_rows_that_an_open_quote_swallows_are_counted(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('\ufefftext,n\nfine,1\n"open,2\n' + "row,3\n" * 40, encoding="utf-8")
+    skipped = Counter()
+    (unit,) = plan_units([str(path)])
+    assert [document.text for document in read_unit(unit, skipped)] == ["fine"]
+    assert skipped == {"not CSV": 41}
+    path.write_text('"te"xt,n\nfine,1\n', encoding="utf-8")
+    with pytest.raises(SourceError, match=f"{path}: the first row is not CSV"):
+        list(read_unit(*plan_units([str(path)]), skipped))

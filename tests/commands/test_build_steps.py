@@ -58,7 +58,7 @@ def test_every_document_is_kept_or_counted_with_its_reason(build, inputs, tmp_pa
     assert build("shards", *STEPS, *inputs[1]) == 0
     one, two = Manifest.load(tmp_path / "shards").sources
     contaminated = next(reason for reason in one.dropped if "evaluation data" in reason)
-    assert str(tmp_path / "evaluation.jsonl") in contaminated
+    assert contaminated == "in evaluation data evaluation.jsonl"
     assert {reason: tally.documents for reason, tally in one.dropped.items()} == {
         "duplicate": 1,
         "near-duplicate": 1,
@@ -96,6 +96,24 @@ def test_broken_content_and_other_steps_are_refused(build, inputs, tmp_path, cap
     assert "steps.quality.min_words: 6, was 5" in said and "steps.decontaminate: ['" in said
 
 
+def test_a_build_that_broken_content_has_stopped_goes_on_without_it(build, tmp_path, capsys):
+    assert build("shards") == 2
+    assert build("shards", "--on_error=skip") == 0
+    assert not (tmp_path / "shards/.build").exists()
+    (tmp_path / "shards/.build").mkdir()  # as a kill behind the manifest leaves it
+    (tmp_path / "shards/.build/keys").write_text("")
+    assert build("shards") == 0 and "nothing to do" in capsys.readouterr().out
+    assert not (tmp_path / "shards/.build").exists()
+
+
+def test_a_tokenizer_within_the_output_is_left_alone(build, inputs, tmp_path, capsys):
+    assert build("shards", "--on_error=skip") == 0
+    own = tmp_path / "shards/tokenizer"
+    options = [f"--tokenizer={own}", f"--output={tmp_path / 'shards'}", "--overwrite", "--seed=1"]
+    assert build_shards.main([*inputs[0], *options]) == 2
+    assert f"{own} lies within the output" in capsys.readouterr().err and own.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
@@ -114,12 +132,13 @@ def test_settings_without_effect_are_faults(options, fault, build, capsys):
     assert fault in capsys.readouterr().err
 
 
-def test_a_tokenizer_is_trained_on_what_can_be_read(inputs, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
+def test_a_tokenizer_is_trained_on_what_can_be_read(kind, inputs, tmp_path, capsys):
     (named, _), output = inputs, tmp_path / "bytes"
-    options = ["--kind=byte_bpe", "--vocab_size=300", "--template=causal", f"--output={output}"]
+    options = [f"--kind={kind}", "--vocab_size=400", "--template=causal", f"--output={output}"]
     assert train_tokenizer.main([*named, *options, "--heldout_fraction=0.1"]) == 2
     assert "one.jsonl: line 26" in capsys.readouterr().err
     assert train_tokenizer.main([*named, *options, "--heldout_fraction=0.1", "--on_error=skip"]) == 0
     assert "cannot be read: 1 for: not JSON" in capsys.readouterr().out
     tokenizer, text = load_tokenizer(output), "  Zwölf\tБоксёр \U0001f600\n"
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert kind != "byte_bpe" or tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
