@@ -113,7 +113,8 @@ class BuildSettings:
     near_duplicates: NearDuplicateSettings = NearDuplicateSettings()
 
     deduplicate_megabytes: Megabytes = 1024
-    """Memory that each process may take for hashes of documents; where it is too little, they are compared in parts."""
+    """Memory that each process may take to compare hashes of documents; where it is too little, they are compared in
+    parts. It does not bound the reading, which holds the hashes of a work unit."""
 
     overwrite: bool = False
     """Replace what another recipe built in the output folder."""

@@ -15,6 +15,7 @@ import xxhash
 
 from data_prep.files import atomic_file
 from data_prep.ranks import Ranks
+from data_prep.sources import words_alone
 
 NUMBER_BITS = 32
 NUMBER_MASK = np.uint64((1 << NUMBER_BITS) - 1)
@@ -24,7 +25,7 @@ KEYS_AT_ONCE = 1 << 30  # of one rank in one exchange: MPI counts values in 31 b
 
 def words_key(text: str) -> int:
     """128 bits by which documents are equal: xxh3 of a text's words, whatever their case and the space between them."""
-    return xxhash.xxh3_128_intdigest(" ".join(text.lower().split()).encode())
+    return xxhash.xxh3_128_intdigest(words_alone(text))
 
 
 def keys_array(unit: int, keys: Iterable[tuple[int, int]]) -> np.ndarray:

@@ -205,10 +205,14 @@ def _has_content(unit: WorkUnit, faults: Faults) -> bool:
 # Splitting
 
 
+def words_alone(text: str) -> bytes:
+    """What texts are compared by: their words, whatever their case and the space between them."""
+    return " ".join(text.lower().split()).encode()
+
+
 def hash_share(text: str, salt: int = 0) -> float:
     """A number in [0, 1) that depends on a text's words alone, so that copies of a text stay together."""
-    words = " ".join(text.lower().split())
-    return xxhash.xxh3_64_intdigest(words.encode(), seed=salt) / 2**64
+    return xxhash.xxh3_64_intdigest(words_alone(text), seed=salt) / 2**64
 
 
 def is_heldout(text: str, fraction: float) -> bool:

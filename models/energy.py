@@ -83,7 +83,7 @@ def products_behind(config: SpikeLMConfig, passed: Passed) -> dict[str, float]:
     Behind keys stand the scores, behind values their weighted sum.
     """
     D, F = config.hidden_size, config.intermediate_size
-    shared = D * (config.num_key_value_heads or config.num_attention_heads) // config.num_attention_heads
+    shared = _key_width(config)
     each = {
         QKV: passed.tokens * D * (D + 2 * shared),
         KEY: passed.pairs * D,
@@ -139,12 +139,11 @@ def _each_layer(config: SpikeLMConfig, passed: Passed) -> dict[str, Operations]:
     """What a layer does at one timestep beside its products."""
     D, F, tokens, traits = config.hidden_size, config.intermediate_size, passed.tokens, config.traits
     scores = passed.pairs * config.num_attention_heads
-    shared = D * (config.num_key_value_heads or config.num_attention_heads) // config.num_attention_heads
+    shared = _key_width(config)
     outputs = (D + 2 * shared) + D + _ups(config) * F + D  # of the linear layers, for each token
-    activated = Operations(2 * tokens * F) + Operations(tokens * F if traits.gated_mlp else 0)
     found = {
         "softmax": Operations(3 * scores, scores),  # scaled, exponential, summed, divided
-        "activation": activated,
+        "activation": Operations((3 if traits.gated_mlp else 2) * tokens * F),
         "norms": _norm(config, tokens * D).times(2),
         "residuals": Operations(additions=2 * tokens * D),
     }
@@ -173,6 +172,12 @@ def _head(config: SpikeLMConfig, passed: Passed) -> Operations:
         return Operations(passed.predictions * D * V)
     transform = Operations(passed.predictions * D * D) + _norm(config, passed.predictions * D)
     return transform + Operations(passed.predictions * D * V, passed.predictions * V) + Operations(passed.rows * D * D)
+
+
+def _key_width(config: SpikeLMConfig) -> int:
+    """Of all keys of a token, and of its values, which heads may share."""
+    heads = config.num_attention_heads
+    return config.hidden_size * (config.num_key_value_heads or heads) // heads
 
 
 def _ups(config: SpikeLMConfig) -> int:
