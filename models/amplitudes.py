@@ -1,7 +1,8 @@
 """The amplitude table: how the spike amplitudes of all sites are measured, calibrated and tracked.
 
 A site is a place where a neuron stands; the stack owns one fp32 buffer `amplitudes` [sites, T] and a flag `calibrated`.
-alpha = k * mean|m| (elastic neurons, Xing et al., ICML 2024), where the mean is over all counted elements of all ranks.
+alpha = k * mean|m| (elastic neurons, Xing et al., ICML 2024), where the mean is over all counted elements of all ranks
+and k is the site's (NeuronConfig.frequency_of).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import NeuronConfig
+from .config import SITES, NeuronConfig
 from .neuron import LIF_THRESHOLD, run_lif, run_memoryless, run_neuron
 from .spike_linear import Activation, Firing, KeptAsCodes, spike, spike_linear
 from .spike_ops import Backend, decode, resolve_backend, worth
@@ -170,15 +171,17 @@ class BlockNeurons:
         """How an elastic neuron fires, its amplitudes calibrated where that is asked for."""
         reset = "memoryless" if memoryless else self.config.reset
         if self.calibrate:
-            self._calibrate(self.amplitudes[site], x_TBLD, memoryless)
+            self._calibrate(site, x_TBLD, memoryless)
         return Firing(reset, self.config.leak, resolve_backend(self.backend, x_TBLD.device))
 
-    def _calibrate(self, alpha_T: Tensor, x_TBLD: Tensor, memoryless: bool) -> None:
+    def _calibrate(self, site: int, x_TBLD: Tensor, memoryless: bool) -> None:
+        alpha_T, frequency = self.amplitudes[site], self.config.frequency_of(SITES[site])
+
         def observe(t: int, m_BLD: Tensor) -> None:
             total = m_BLD.abs().sum(-1, dtype=torch.float64)
             width = torch.full_like(total, m_BLD.shape[-1])
             sums = _all_reduce_sum(_sum_counted(torch.stack([total, width]), self.counted_BL))
-            alpha_T[t] = self.config.frequency * sums[0] / sums[1]
+            alpha_T[t] = frequency * sums[0] / sums[1]
 
         if memoryless:
             run_memoryless(x_TBLD, alpha_T, observe=observe)
@@ -236,7 +239,8 @@ def update_amplitudes(model: nn.Module, stats: SpikeStats) -> SpikeStats:
     config: NeuronConfig = stack.config.neuron
     if config.kind == "elastic" and config.amplitude == "tracked":
         alpha = stack.amplitudes.double()
-        target = config.frequency * total.mean_membrane
+        k = alpha.new_tensor([config.frequency_of(name) for name in stack.site_names])[:, None]
+        target = k * total.mean_membrane
         moved = alpha + (1 - config.momentum) * (target - alpha)
         stack.amplitudes.copy_(torch.where(total.sums[..., 1] > 0, moved, alpha))
     return total

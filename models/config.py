@@ -6,11 +6,14 @@ ICML 2024.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+
+SITES = ("qkv", "key", "value", "attention_output", "mlp_up", "mlp_down")
+"""The neurons of a block in the order of the flow: each has its row in the amplitude table."""
 
 DEFAULT_LEAK = {"elastic": 0.25, "lif": 0.5, "none": None}
 
@@ -48,6 +51,9 @@ class NeuronConfig:
     """k in alpha = k * mean|m|: a neuron fires where |m| > k/2 * mean|m|, so a larger k means fewer spikes. Unset:
     1.4."""
 
+    site_frequencies: dict[str, float] = field(default_factory=dict)
+    """k of those of a block's sites that have another than `frequency`, by their names in SITES."""
+
     amplitude: Literal["frozen", "tracked"] | None = None
     """frozen: the calibrated alpha for ever; tracked: a running mean of k * mean|m|, moved once a step. Unset:
     tracked."""
@@ -79,6 +85,10 @@ class NeuronConfig:
         if faults := self._faults():
             raise ValueError("; ".join(faults))
 
+    def frequency_of(self, site: str) -> float:
+        """k of a site, given as in SITES or with its layer before it, `layer3.key`."""
+        return self.site_frequencies.get(site.rpartition(".")[2], self.frequency)
+
     def _faults(self) -> list[str]:
         faults = []
         if self.num_timesteps < 1:
@@ -89,8 +99,12 @@ class NeuronConfig:
             )
         if self.leak is not None and not 0 <= self.leak <= 1:
             faults.append(f"neuron.leak is {self.leak}: it lies between 0 and 1")
-        if not 0 < self.frequency < math.inf:
-            faults.append(f"neuron.frequency is {self.frequency}: it must be positive (the published value is 2)")
+        for site in self.site_frequencies.keys() - set(SITES):
+            faults.append(f"neuron.site_frequencies has a site {site!r}: use {', '.join(SITES)}")
+        named = {"frequency": self.frequency} | {f"site_frequencies.{k}": v for k, v in self.site_frequencies.items()}
+        for name, frequency in named.items():
+            if not 0 < frequency < math.inf:
+                faults.append(f"neuron.{name} is {frequency}: it must be positive (the published value is 2)")
         if not 0 <= self.momentum < 1:
             faults.append(f"neuron.momentum is {self.momentum}: it lies between 0 and below 1 (a usual value is 0.99)")
         if self.amplitude not in ("frozen", "tracked"):

@@ -17,13 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .amplitudes import BlockNeurons
 from .cache import SpikeCacheLayer
-from .config import NeuronConfig
+from .config import SITES, NeuronConfig
 from .positions import WHOLE_ROWS, BatchLayout, TokenPlaces, rotate
 from .spike_linear import Activation
 from .spike_ops import Backend
-
-SITES = ("qkv", "key", "value", "attention_output", "mlp_up", "mlp_down")
-"""The neurons of a block in the order of the flow: each has its row in the amplitude table."""
 
 QKV, KEY, VALUE, ATTENTION_OUTPUT, MLP_UP, MLP_DOWN = range(len(SITES))
 

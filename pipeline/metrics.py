@@ -162,7 +162,8 @@ class SpikeHealth:
         return found
 
     def _elastic_faults(self, stats: SpikeStats, amplitudes: Tensor) -> list[str]:
-        fits, saturated = self._neuron.frequency * stats.mean_membrane, stats.saturated_share
+        k = amplitudes.new_tensor([self._neuron.frequency_of(name) for name in self._site_names])[:, None]
+        fits, saturated = k * stats.mean_membrane, stats.saturated_share
         drift = amplitudes / fits
         is_far = (fits > 0) & ((drift > self.MOST_DRIFT) | (drift < 1 / self.MOST_DRIFT))
         is_saturated = (saturated > self.MOST_SATURATED) & ~is_far

@@ -248,6 +248,23 @@ def test_a_tracked_amplitude_follows_its_formula():
     assert torch.equal(total.sums, stats.sums)
 
 
+def test_sites_have_frequencies_of_their_own():
+    """As measured and as tracked; the others keep theirs."""
+    common, own = {"amplitude": "tracked", "momentum": 0.9}, {"site_frequencies": {"value": 0.7, "mlp_down": 2.8}}
+    plain, model = calibrated_model(common), calibrated_model(common | own)
+    factors = torch.tensor([0.7 if "value" in name else 2.8 if "down" in name else 1.4 for name in SITES])
+    first = slice(0, 3)  # the sites whose inputs no other amplitude has changed yet
+    expected = plain.model.stack.amplitudes[first] * factors[first, None] / 1.4
+    torch.testing.assert_close(model.model.stack.amplitudes[first], expected, rtol=1e-6, atol=0)
+    before = model.model.stack.amplitudes.double()
+    stats = SpikeStats(model(**make_batch(seed=5)).spike_stats)
+    update_amplitudes(model, stats)
+    target = factors.repeat(2)[:, None] * stats.mean_membrane
+    torch.testing.assert_close(
+        model.model.stack.amplitudes, (before + 0.1 * (target - before)).float(), rtol=1e-6, atol=0
+    )
+
+
 def test_a_tracked_amplitude_is_independent_of_accumulation():
     batch = make_batch(row_lengths=(10, 7, 4, 9))
     whole, split = calibrated_model({"momentum": 0.5}), calibrated_model({"momentum": 0.5})

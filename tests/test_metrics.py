@@ -252,6 +252,13 @@ def test_only_elastic_neurons_have_amplitudes_to_look_at():
     assert SpikeHealth([], NeuronConfig(kind="none")).warnings(300, SpikeStats.zeros(0, 1), torch.zeros(0, 1)) == []
 
 
+def test_drift_is_from_the_frequency_of_the_site():
+    neuron = NeuronConfig(frequency=2.0, site_frequencies={"key": 0.5}, amplitude="frozen")
+    assert SpikeHealth(SITES, neuron).warnings(300, site_stats(membrane=0.5), AMPLITUDES) != []
+    fitting = torch.tensor([[1.0, 1.0], [0.25, 0.25]])
+    assert SpikeHealth(SITES, neuron).warnings(300, site_stats(membrane=0.5), fitting) == []
+
+
 def test_sites_that_saw_nothing_are_not_ill():
     assert SpikeHealth(SITES, ELASTIC).warnings(300, SpikeStats.zeros(2, 2), AMPLITUDES) == []
 

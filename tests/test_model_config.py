@@ -44,6 +44,8 @@ def test_one_word_names_the_published_neuron():
         ({"frequency": 0.0}, "neuron.frequency is 0.0"),
         ({"frequency": math.nan}, "neuron.frequency is nan"),
         ({"frequency": math.inf}, "neuron.frequency is inf"),
+        ({"site_frequencies": {"keys": 1.0}}, "neuron.site_frequencies has a site 'keys': use qkv, key, value"),
+        ({"site_frequencies": {"key": -1.0}}, "neuron.site_frequencies.key is -1.0"),
         ({"momentum": 1.0}, "neuron.momentum is 1.0"),
         ({"amplitude": "wild"}, "neuron.amplitude is 'wild': use frozen or tracked"),
         ({"preset": "publishd"}, "neuron.preset is 'publishd': use released, or leave it out"),

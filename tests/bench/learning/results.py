@@ -2,12 +2,16 @@
 
 import json
 import subprocess
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import xxhash
 
 from data_prep.manifest import Manifest
+from data_prep.shards import ShardReader
 from pipeline.config import RunConfig, load_run_config
 from pipeline.footprint import Data, step_work
 from pipeline.report import load_run
@@ -30,7 +34,7 @@ class Result:
     commit: str
     torch: str
     rows: str
-    """Fingerprints of the rows, held out and trained: losses of others say nothing about these."""
+    """Fingerprints of the rows, held out and trained (rows_of): losses of others say nothing about these."""
 
     tokens: int
     """Trained on."""
@@ -86,9 +90,19 @@ def sizes(config: RunConfig) -> Data:
 
 
 def rows_of(config: RunConfig) -> str:
-    """The fingerprints of the rows in the recipe's shards."""
-    indexes = Manifest.load(Path(config.data.shards)).indexes
-    return " ".join(indexes[split] for split in sorted(indexes))
+    """What the rows of the recipe's shards hold, held out and trained, however they are cut into shards."""
+    folder = Path(config.data.shards)
+    return " ".join(_fingerprint(folder / split) for split in sorted(Manifest.load(folder).indexes))
+
+
+def _fingerprint(folder: Path) -> str:
+    """xxh3-128 of all rows of a folder of shards in their order, field by field, in hexadecimal."""
+    with closing(ShardReader(folder)) as reader:
+        rows = reader.read(np.arange(len(reader)))
+    digest = xxhash.xxh3_128()
+    for name in sorted(rows):
+        digest.update(np.ascontiguousarray(rows[name]))
+    return digest.hexdigest()
 
 
 def append(result: Result) -> None:
