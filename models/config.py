@@ -7,12 +7,14 @@ ICML 2024.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-SITES = ("qkv", "key", "value", "attention_output", "mlp_up", "mlp_down")
+Site = Literal["qkv", "key", "value", "attention_output", "mlp_up", "mlp_down"]
+
+SITES: tuple[Site, ...] = get_args(Site)
 """The neurons of a block in the order of the flow: each has its row in the amplitude table."""
 
 DEFAULT_LEAK = {"elastic": 0.25, "lif": 0.5, "none": None}
@@ -51,7 +53,7 @@ class NeuronConfig:
     """k in alpha = k * mean|m|: a neuron fires where |m| > k/2 * mean|m|, so a larger k means fewer spikes. Unset:
     1.4."""
 
-    site_frequencies: dict[str, float] = field(default_factory=dict)
+    site_frequencies: dict[Site, float] = field(default_factory=dict)
     """k of those of a block's sites that have another than `frequency`, by their names in SITES."""
 
     amplitude: Literal["frozen", "tracked"] | None = None

@@ -133,8 +133,11 @@ class ScheduleSettings:
     kind: Literal["linear", "cosine"] = "linear"
     """Shape of the decay after the warm-up."""
 
+    decay_steps: PositiveInt | None = None
+    """Step by which the rate has decayed, where it stays from then on; null: the last step."""
+
     final_ratio: Share = 0.0
-    """Rate after the last step, as a share of the peak."""
+    """Rate after the decay, as a share of the peak."""
 
 
 @dataclass(frozen=True)

@@ -192,13 +192,14 @@ def learning_rate_factor(settings: ScheduleSettings, total_steps: int) -> Callab
     """The rate of step 0, 1, ... as a share of the peak.
 
     Warm-up goes linearly to 1 and starts above 0; the decay (linear or cosine) ends at `final_ratio` one step after
-    the last, so that the last step still learns.
+    the last of its steps, so that this one still learns.
     """
+    end = settings.decay_steps or total_steps
 
     def factor(step: int) -> float:
         if step < settings.warmup_steps:
             return (step + 1) / (settings.warmup_steps + 1)
-        progress = min(1.0, (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
+        progress = min(1.0, (step - settings.warmup_steps) / max(1, end - settings.warmup_steps))
         remaining = 1 - progress if settings.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return settings.final_ratio + (1 - settings.final_ratio) * remaining
 

@@ -201,7 +201,12 @@ def _batch_faults(global_batch_size: int, micro_batch_size: int) -> Iterator[str
         )
 
 
-def _schedule_faults(warmup_steps: int, total_steps: int) -> Iterator[str]:
+def _schedule_faults(warmup_steps: int, decay_steps: int | None, total_steps: int) -> Iterator[str]:
+    if decay_steps is not None and not warmup_steps <= decay_steps <= total_steps:
+        yield (
+            f"schedule.decay_steps: {decay_steps} does not lie between schedule.warmup_steps {warmup_steps} and "
+            f"training.total_steps {total_steps}: leave it out, so that the rate decays to the last step"
+        )
     if warmup_steps > total_steps:
         yield (
             f"schedule.warmup_steps: {warmup_steps} is more than training.total_steps {total_steps}, so that the peak "
@@ -235,7 +240,7 @@ RULES = (
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
-    Rule(("schedule.warmup_steps", "training.total_steps"), _schedule_faults),
+    Rule(("schedule.warmup_steps", "schedule.decay_steps", "training.total_steps"), _schedule_faults),
     Rule(("training.stop_after_step", "training.total_steps"), _stop_faults),
 )
 """Everything about a run that one field's type cannot say."""

@@ -154,7 +154,7 @@ name: a/b
 data: {shards: 5}
 model: {preset: encoder-tinny, overrides: {hidden_sise: 3}, neuron: {kind: elastic, leak: 2}}
 optimizer: {learning_rate: -1, betas: [0.9]}
-schedule: {warmup_steps: 20, kind: cosin}
+schedule: {warmup_steps: 20, decay_steps: 15, kind: cosin}
 engine: {ds_config: TMP/ds.json, precision: fp16}
 training: {total_steps: 10, global_batch_size: 7, micro_batch_size: 2, stop_after_step: yes}
 evaluation: {every: 1.5, micro_batch_size: 4}
@@ -182,6 +182,7 @@ evaluation: {every: 1.5, micro_batch_size: 4}
         ("engine.ds_config", "unknown key zero_optimisation: did you mean zero_optimization?"),
         ("engine.ds_config", "stage 0"),
         ("training.global_batch_size", "7 is not divisible by training.micro_batch_size 2"),
+        ("schedule.decay_steps", "15 does not lie between schedule.warmup_steps 20 and training.total_steps 10"),
         ("schedule.warmup_steps", "20 is more than training.total_steps 10"),
     ]
     for name, text in expected:

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from models.config import NeuronConfig, preset
 from models.modeling import SpikeLMForPreTraining
-from pipeline.config import ScheduleSettings
+from pipeline.config import ScheduleSettings, load_run_config
 from pipeline.engine import (
     _share_cores,
     build_optimizer,
@@ -39,6 +39,22 @@ def test_cosine_schedule_ends_at_its_final_ratio():
     assert factor(4) == pytest.approx(0.55)
     assert factor(8) == pytest.approx(0.1)
     assert factor(100) == pytest.approx(0.1)  # beyond the end it stays there
+
+
+def test_a_schedule_may_end_before_the_run():
+    rates = _rates(10, kind="linear", warmup_steps=2, decay_steps=6)
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0, 0, 0, 0])
+
+
+def test_the_schedule_of_the_released_code_is_a_recipe():
+    """Its scheduler moves once for each of 8 processes and step: 5,000 and 500,000 moves are 625 and 62,500 steps."""
+    config = load_run_config(["--recipe", "launch/recipes/encoder-base-released.yaml"])
+    rate = learning_rate_factor(config.schedule, config.training.total_steps)
+    for step in (0, 624, 625, 30_000, 62_499, 62_500, 99_999):
+        moved = 8 * step  # transformers' linear schedule, at the first of the processes' moves
+        released = moved / 5000 if moved < 5000 else max(0.0, (500_000 - moved) / (500_000 - 5000))
+        assert rate(step) == pytest.approx(released, abs=2 / 625)
+    assert rate(62_499) > rate(62_500) == 0
 
 
 def test_schedule_without_warm_up_starts_at_the_peak():
