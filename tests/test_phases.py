@@ -13,6 +13,7 @@ from data_prep.recipes import ConfigError
 from pipeline.checkpoint import CheckpointError, find_start
 from pipeline.config import accumulation_steps, differences, load_run_config
 from pipeline.corpus import open_corpus
+from pipeline.model import build_model
 from pipeline.phases import phase_of, phases_of
 from tests.http_store import http_store
 from tests.tiny import OneProcess
@@ -220,6 +221,13 @@ def test_phases_that_do_not_fit_the_shards_or_the_ranks_are_refused(phases, rank
     config = recipe(causal_shards, phases=[word for phase in phases for word in ("--data.phases", phase)])
     with pytest.raises(ValueError, match=message):
         open_corpus(config, Rank(0, ranks))
+
+
+def test_the_model_needs_positions_for_the_longest_samples_of_any_phase(causal_shards):
+    more = ("--data.sample_length", "32", "--model.overrides.max_position_embeddings", "64")
+    config = recipe(causal_shards, *more, phases=("--data.phases", "{steps: 2, sample_length: 128}"))
+    with pytest.raises(ValueError, match="the samples have 128 tokens, the model 64 positions"):
+        build_model(config, open_corpus(config, OneProcess()), OneProcess())
 
 
 def test_what_may_change_of_phases_and_what_may_not(causal_shards):

@@ -30,7 +30,7 @@ ROW_LENGTH = 12
 TOKENS = SpecialTokens(mask=4, special=(0, 1, 2, 3, 4), vocab_size=VOCABULARY)
 OBJECTIVE = MaskedTokens(seed=0, settings=ObjectiveSettings(), tokens=TOKENS)
 RATE = 2e-3
-FIRST_STEPS = 4
+FIRST_STEPS = 3
 FIRST_BATCH = 16
 """A phase that comes first in some trainings: its steps, and the samples of one."""
 
