@@ -26,7 +26,7 @@ RUNNING_PARTS = {
     *("metrics", "documents", "evaluation", "options", "world", "ending", "stopping", "build_locks"),
     *("footprint", "tracing", "read_ahead", "remote", "shard_cache", "spike_check"),
 }
-FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "places"}
+FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "phases", "places"}
 SHARED_BY_DATA_PREP = {
     f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "sources", "tokenization")
 }
