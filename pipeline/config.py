@@ -209,6 +209,10 @@ class TrainingSettings:
     micro_batch_size: PositiveInt
     """Rows of one forward in one process; the rest of its share is accumulated."""
 
+    firing_penalty: NonNegativeFloat = 0.0
+    """Nats a token that a firing rate of 1 would add to what is minimised, in proportion to the mean rate of all sites
+    of elastic neurons: the larger, the fewer spikes; 0: none."""
+
     stop_after_step: PositiveInt | None = None
     """Stop early, with a checkpoint, after this step, to be resumed later; null: do not."""
 

@@ -193,6 +193,14 @@ def _spike_faults(kind: str, recompute_hidden: bool, backend: str) -> Iterator[s
             )
 
 
+def _penalty_faults(kind: str, firing_penalty: float) -> Iterator[str]:
+    if firing_penalty and kind != "elastic":
+        yield (
+            f"training.firing_penalty: {firing_penalty} has no effect with model.neuron.kind {kind}: elastic neurons "
+            "alone have a gradient of their firing rate"
+        )
+
+
 def _batch_faults(global_batch_size: int, micro_batch_size: int) -> Iterator[str]:
     if global_batch_size % micro_batch_size:
         yield (
@@ -257,6 +265,7 @@ RULES = (
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),
+    Rule(("model.neuron.kind", "training.firing_penalty"), _penalty_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
     Rule(
         ("data.phases", "training.total_steps", "training.global_batch_size", "training.micro_batch_size"),

@@ -70,6 +70,7 @@ class Trainer:
         self.phase = self.phases[-1]
         """Whose batches the next step takes: as the engine is built, the last one's."""
         self.accumulation = accumulation_steps(config, world.size)
+        self.firing_penalty = config.training.firing_penalty
         self.stack = spiking_stack(engine.module)
         self.throughput = Throughput()
         self.health = SpikeHealth(self.stack.site_names, self.stack.config.neuron)
@@ -111,19 +112,25 @@ class Trainer:
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's share of a global batch.
 
-        Every loss is the mean over the counted targets of all ranks and micro-batches. DeepSpeed averages over both,
-        which the factor undoes. Raises NonFiniteError on every rank: for a loss before the weights are touched, for a
-        gradient after DeepSpeed has applied or skipped it, before anything is saved.
+        Every loss is the mean over the counted targets of all ranks and micro-batches, the firing rate over their
+        tokens. DeepSpeed averages over both, which the factors undo. Raises NonFiniteError on every rank: for a loss
+        before the weights are touched, for a gradient after DeepSpeed has applied or skipped it, before anything is
+        saved.
         """
         self.engine.train()
-        counts = self.world.sum(count_targets(batch.tensors, self.losses).to(self.world.device, torch.float64))
+        counted = [*count_targets(batch.tensors, self.losses), batch.tensors["attention_mask"].sum()]
+        *counts, tokens = self.world.sum(torch.stack(counted).to(self.world.device, torch.float64))
+        counts, divided = torch.stack(counts), self.world.size * self.accumulation
         learning_rate = self.engine.get_lr()[0]  # read now: the step moves the schedule on
-        factor = self.world.size * self.accumulation / counts.clamp(min=1)
+        factor, firing_factor = divided / counts.clamp(min=1), self.firing_penalty * divided / tokens.clamp(min=1)
         sums, stats = [], self._no_stats()
         for micro_batch in self._micro_batches(batch):
             output = self.engine(**micro_batch)
             summed = loss_sums(output, self.losses)
-            self.engine.backward((summed * factor.to(summed.dtype)).sum())
+            loss = (summed * factor.to(summed.dtype)).sum()
+            if self.firing_penalty:
+                loss = loss + (output.firing_sum * firing_factor).to(loss.dtype)
+            self.engine.backward(loss)
             sums.append(summed.detach())
             stats += SpikeStats(output.spike_stats)
             if len(sums) == self.accumulation:

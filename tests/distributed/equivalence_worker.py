@@ -22,6 +22,8 @@ from tests.distributed import reference
 
 CLIP_NORM = 5.0  # acts in some of the steps: AdamW would not notice gradients that are all scaled alike
 
+FIRING_PENALTY = 0.5
+
 CASES = {
     f"{kind}_zero{stage}_acc{accumulation}": (kind, {"stage": stage, "accumulation": accumulation})
     for kind in ("none", "elastic")
@@ -32,6 +34,8 @@ CASES = {
 CASES["none_zero2_acc4_clip"] = ("none", {"stage": 2, "accumulation": 4, "clip_norm": CLIP_NORM})
 CASES["none_zero3_acc1_clip"] = ("none", {"stage": 3, "clip_norm": CLIP_NORM})
 CASES["elastic_layer"] = ("elastic", {"stage": 2, "checkpointing": "layer"})
+CASES["penalty_zero2_acc4"] = ("elastic", {"stage": 2, "accumulation": 4, "firing_penalty": FIRING_PENALTY})
+CASES["penalty_zero3_layer"] = ("elastic", {"stage": 3, "checkpointing": "layer", "firing_penalty": FIRING_PENALTY})
 # Where ZeRO-3 keeps no weight that it does not need at the moment.
 RELEASED = {"stage": 3, "ds_config": "tests/distributed/zero{}_released.json"}
 CASES["elastic_timestep_released"] = ("elastic", {**RELEASED, "checkpointing": "timestep"})

@@ -65,6 +65,7 @@ def config(
     checkpointing="none",
     world_size=2,
     clip_norm=0.0,
+    firing_penalty=0.0,
     ds_config="ds_configs/zero{}.json",
     first_accumulation=None,
 ):
@@ -84,6 +85,7 @@ def config(
             total_steps=STEPS,
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=GLOBAL_BATCH // (world_size * accumulation),
+            firing_penalty=firing_penalty,
         ),
         evaluation=EvaluationSettings(every=0, micro_batch_size=4),
         checkpoint=CheckpointSettings(every=STEPS),
@@ -130,7 +132,7 @@ def model(kind):
     return built
 
 
-def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0, is_phased=False):
+def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0, firing_penalty=0.0, is_phased=False):
     """STEPS steps on one process without an engine: losses [STEPS] (sum of both means), first gradients, amplitudes.
 
     `perturbation` changes every weight by that relative amount, up or down at random. `clip_norm` 0: no clipping;
@@ -153,6 +155,8 @@ def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0, is_phased=False
         loss = (loss_sums(output, OBJECTIVE.losses) / counts).sum()
         losses.append(loss.item())
         optimizer.zero_grad()
+        if firing_penalty:
+            loss = loss + firing_penalty * output.firing_sum / batch.tensors["attention_mask"].sum()
         loss.backward()
         if not first_gradients:
             first_gradients = {name: p.grad.clone() for name, p in trained.named_parameters()}
