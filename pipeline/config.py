@@ -297,6 +297,10 @@ MAY_CHANGE = (
     "data.shuffle_window",
     "data.verify",
     "data.num_workers",
+    "task.data",  # of fine-tuning: files may move, as shards may
+    "task.train",
+    "task.validation",
+    "task.test",
     "engine.ds_config",
     "engine.checkpointing",
     "engine.checkpointing_timesteps",

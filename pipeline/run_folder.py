@@ -51,7 +51,7 @@ class RunFolder:
             )
         if not (self.path / DONE).exists():
             return False
-        saved = settings_from_dict(RunConfig, yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8")))
+        saved = settings_from_dict(type(self.config), yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8")))
         refuse_changes(self.path, differences(saved, self.config))
         self._say_finished()
         return True
