@@ -171,7 +171,7 @@ class Checkpointer:
 
     def at_step(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
-        return self.folder / f"step{step:08d}"
+        return step_folder(self.folder, step)
 
     def load(self, engine: DeepSpeedEngine, checkpoint: Path) -> None:
         """Restore the engine and this rank's generators from a complete checkpoint."""
@@ -224,6 +224,11 @@ class Checkpointer:
         for old in set(folders) - {*sealed[: self.keep], best}:
             (old / MANIFEST).unlink(missing_ok=True)  # first: what is left of it by a kill is torn, not damaged
             shutil.rmtree(old, ignore_errors=True)
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where, among the checkpoints of a run, that of a step lies."""
+    return checkpoints / f"step{step:08d}"
 
 
 def read_state(checkpoint: Path) -> TrainState:
