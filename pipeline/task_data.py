@@ -5,10 +5,7 @@ Legend: N rows, L tokens.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -16,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.files import hash_json
 from data_prep.tokenization import text_encoder
-from pipeline.task_files import Table, read_table
-from pipeline.tasks import TEST, TRAIN, VALIDATION, Examples, Task, TaskData, TaskSettings, own_task, task_faults
+from pipeline.glue import read_glue
+from pipeline.own_rows import read_own
+from pipeline.tasks import TRAIN, VALIDATION, Examples, Task, TaskData, TaskSettings, task_faults
 
-MOST_CLASSES = 1000
-SHOWN = 10  # of a list of classes, in an error
 ROWS_AT_ONCE = 4096
 
 
@@ -31,7 +27,9 @@ def open_task(settings: TaskSettings) -> TaskData:
     """
     if faults := list(task_faults(settings)):
         raise ValueError("; ".join(faults))
-    task, splits, remarks = _own_rows(settings)
+    task, splits, remarks = read_own(settings) if settings.name is None else read_glue(settings)
+    if VALIDATION not in splits:
+        splits[TRAIN], splits[VALIDATION] = _split(splits[TRAIN], settings.validation_share)
     if settings.limit is not None:
         splits = {name: _sample(examples, settings.limit) for name, examples in splits.items()}
     remarks += _overlap_remarks(splits)
@@ -100,146 +98,6 @@ def _padded(rows: Sequence[Sequence[int]], first_lengths: Sequence[int], pad_id:
         "attention_mask": is_token_NL.astype(np.int32),
         "token_type_ids": is_second_NL.astype(np.int32),
     }
-
-
-# Rows of one's own
-
-
-def _own_rows(settings: TaskSettings) -> tuple[Task, dict[str, Examples], list[str]]:
-    tables = _own_tables(settings)
-    kind, remarks = _kind(settings, tables[TRAIN])
-    if kind == "regression":
-        task, label_of = own_task((), settings.text_pair is not None), _value
-    else:
-        classes = _classes(tables[TRAIN], settings.label)
-        task, label_of = own_task(classes, settings.text_pair is not None), _class_of(classes, tables[TRAIN].path)
-    splits = {name: _examples(table, settings, label_of) for name, table in tables.items()}
-    if VALIDATION not in splits:
-        splits[TRAIN], splits[VALIDATION] = _split(splits[TRAIN], settings.validation_share)
-    return task, splits, remarks
-
-
-def _own_tables(settings: TaskSettings) -> dict[str, Table]:
-    """The file of each split; all but that of `test` have labels."""
-    texts = [settings.text] if settings.text_pair is None else [settings.text, settings.text_pair]
-    files = {TRAIN: settings.train, VALIDATION: settings.validation, TEST: settings.test}
-    tables = {}
-    for split, path in files.items():
-        if path is not None:
-            needed, optional = ([*texts], [settings.label]) if split == TEST else ([*texts, settings.label], [])
-            tables[split] = read_table(path, needed, settings.delimiter, optional)
-    return tables
-
-
-def _kind(settings: TaskSettings, table: Table) -> tuple[str, list[str]]:
-    """What labels are, and how that was guessed."""
-    if settings.kind is not None:
-        return settings.kind, []
-    labels = [label for label in table.columns[settings.label] if not _is_empty(label)]
-    numbers = [_number(label) for label in labels]
-    if not labels or any(number is None for number in numbers):
-        return "classification", []
-    fractions = [label for label in labels if isinstance(label, float) or (isinstance(label, str) and "." in label)]
-    if not fractions:
-        return "classification", []
-    told = f"labels are taken for values to predict, as {fractions[0]!r} is one: task.kind classification makes classes"
-    return "regression", [told]
-
-
-def _number(label: Any) -> float | None:
-    """The finite number that a label is, in text or not."""
-    try:
-        number = None if isinstance(label, bool) else float(label)
-    except (TypeError, ValueError):
-        return None
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _is_empty(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, str) and not cell.strip())
-
-
-def _class_name(label: Any) -> str:
-    """One name for 1, 1.0 and "1", as files of several kinds may have them."""
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    return label.strip() if isinstance(label, str) else str(label).lower() if isinstance(label, bool) else str(label)
-
-
-def _classes(table: Table, column: str) -> tuple[str, ...]:
-    """The classes of the rows to learn from: in the order of numbers, where all are whole numbers, else of letters."""
-    counts = Counter(_class_name(label) for label in table.columns[column] if not _is_empty(label))
-    if len(counts) < 2:
-        only = f"one class alone, {next(iter(counts))!r}" if counts else "no label at all"
-        raise ValueError(f"{table.path}: column {column!r} has {only}: name another by task.label, or other rows")
-    if len(counts) > MOST_CLASSES or (len(counts) > 2 * SHOWN and 2 * len(counts) > len(table)):
-        raise ValueError(
-            f"{table.path}: column {column!r} has {len(counts)} different labels in {len(table)} rows, as "
-            f"{next(iter(counts))!r}: name another by task.label, or set task.kind regression for numbers"
-        )
-    whole = all(name.removeprefix("-").isdecimal() for name in counts)
-    return tuple(sorted(counts, key=lambda name: (int(name) if whole else 0, name)))
-
-
-def _class_of(classes: Sequence[str], origin: str) -> Callable[[Any], int]:
-    numbers = {name: number for number, name in enumerate(classes)}
-    shown = ", ".join(map(repr, classes[:SHOWN])) + (", ..." if len(classes) > SHOWN else "")
-
-    def label_of(label: Any) -> int:
-        name = _class_name(label)
-        if name not in numbers:
-            raise ValueError(f"class {name!r} is none of {shown}, which {origin} has: mend it, or learn from it, too")
-        return numbers[name]
-
-    return label_of
-
-
-def _value(label: Any) -> float:
-    number = _number(label)
-    if number is None:
-        raise ValueError(f"{label!r} is no finite number: mend it, or set task.kind classification")
-    return number
-
-
-def _examples(table: Table, settings: TaskSettings, label_of: Callable[[Any], float]) -> Examples:
-    texts = _texts(table, settings.text)
-    pairs = None if settings.text_pair is None else _texts(table, settings.text_pair)
-    return Examples(texts, pairs, _labels(table, settings.label, label_of), list(range(len(table))))
-
-
-def _texts(table: Table, column: str) -> list[str]:
-    cells = table.columns[column]
-    _refuse_empty(table, column, cells)
-    for row, cell in enumerate(cells):
-        if not isinstance(cell, str):
-            raise ValueError(
-                f"{table.place(row)}: {cell!r} in column {column!r} is {type(cell).__name__}, not text: name another "
-                "by task.text or task.text_pair"
-            )
-    return cells
-
-
-def _labels(table: Table, column: str, label_of: Callable[[Any], float]) -> np.ndarray | None:
-    if column not in table.columns:
-        return None
-    cells = table.columns[column]
-    _refuse_empty(table, column, cells)
-    labels = []
-    for row, cell in enumerate(cells):
-        try:
-            labels.append(label_of(cell))
-        except ValueError as error:
-            raise ValueError(f"{table.place(row)}: in column {column!r} {error}") from None
-    return np.array(labels, np.float32 if label_of is _value else np.int64)
-
-
-def _refuse_empty(table: Table, column: str, cells: Sequence[Any]) -> None:
-    if empty := [row for row, cell in enumerate(cells) if _is_empty(cell)]:
-        count = "all" if len(empty) == len(cells) else f"{len(empty)} of {len(cells)}"
-        raise ValueError(
-            f"{table.place(empty[0])}: column {column!r} is empty there, as in {count} rows: fill the cells, remove "
-            "the rows, or name another column"
-        )
 
 
 # Rows of any task

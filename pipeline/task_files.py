@@ -1,4 +1,4 @@
-"""Files of labelled rows by the names of their columns: CSV, TSV, JSON lines and parquet, plain or compressed."""
+"""Labelled rows by the names of their columns: of CSV, TSV, JSON lines and parquet, and of what `datasets` saved."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 COMPRESSED = (".gz", ".bz2", ".zst")
 DELIMITERS = (",", "\t", ";", "|")
@@ -196,3 +199,44 @@ def _read_parquet(path: str, names: Sequence[str], optional: Sequence[str]) -> T
         raise ValueError(f"{path}: invalid UTF-8: {error}: write the file again, in UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: broken parquet: {first_line(error)}: fetch it again") from None
+
+
+# What `datasets` saved
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether `datasets` saved this folder."""
+    return any((Path(folder) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def load_saved(folder: str) -> dict[str, Dataset]:
+    """The splits of a folder that `datasets` saved; rows without a split are "train".
+
+    Raises ValueError where it is none, or broken.
+    """
+    if not is_saved(folder):
+        raise ValueError(f"{folder}: it holds neither dataset_dict.json nor state.json: name one that datasets saved")
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(folder)
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: broken: {first_line(error)}: save it again") from None
+    return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+
+
+def dataset_table(dataset: Dataset, place: str, names: Sequence[str], optional: Sequence[str] = ()) -> Table:
+    """Columns of a split as those of a file. Classes have their names, and no label (-1) is None."""
+    chosen = _chosen(place, dataset.column_names, names, optional)
+    try:
+        rows = dataset.select_columns(chosen).with_format("arrow")[:]
+        rows.validate(full=True)  # Arrow trusts its files: broken offsets would read any memory
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{place}: broken: {first_line(error)}: save it again") from None
+    columns = {name: rows[name].to_pylist() for name in chosen}
+    for name in chosen:
+        if classes := getattr(dataset.features[name], "names", None):
+            columns[name] = [classes[cell] if cell is not None and cell >= 0 else None for cell in columns[name]]
+    if not rows.num_rows:
+        raise ValueError(f"{place}: it holds no rows: save it with some, or leave the split out")
+    return Table(place, columns, range(rows.num_rows), "row")

@@ -25,7 +25,7 @@ RUNNING_PARTS = {
     *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "model_folder", "corpus", "loader"),
     *("metrics", "documents", "evaluation", "options", "world", "ending", "stopping", "build_locks"),
     *("footprint", "tracing", "read_ahead", "remote", "shard_cache", "spike_check"),
-    *("glue", "task_data", "task_files", "task_metrics"),
+    *("glue", "own_rows", "task_data", "task_files", "task_metrics"),
 }
 FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "places", "tasks"}
 SHARED_BY_DATA_PREP = {
