@@ -271,6 +271,13 @@ def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
     return intact
 
 
+def intact_checkpoint(checkpoint: Path, world: World | None = None) -> Path:
+    """`checkpoint` itself; CheckpointError where it is not whole. With a world, all ranks look together."""
+    if faults := _faults(checkpoint, world):
+        raise CheckpointError(f"{checkpoint} is not intact ({faults[0]}): restore it, or remove the run to start anew")
+    return checkpoint
+
+
 def _is_young_run(path: Path) -> bool:
     """Whether a run has begun in this folder and has not saved anything."""
     return (path / "recipe.yaml").exists() and not _tags(path / "checkpoints")

@@ -23,7 +23,7 @@ from pipeline.config import (
     TrainingSettings,
 )
 from pipeline.rules import RULES
-from pipeline.tasks import PUBLISHED_SETTINGS, TaskSettings
+from pipeline.tasks import PUBLISHED_SETTINGS, TASK_RULE, TaskSettings
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 """Fields of SpikeLMConfig that may differ from those of the model that is started from."""
@@ -77,8 +77,8 @@ class EpochSettings:
     epochs: PositiveFloat | None = None
     """Passes over the training rows; null: as published for the task of GLUE."""
 
-    length: PositiveInt = 128
-    """Tokens of a row at most; longer texts are cut off, and counted."""
+    length: PositiveInt | None = None
+    """Tokens of a row at most; longer texts are cut off, and counted. null: as many as the model takes, up to 128."""
 
     global_batch_size: PositiveInt = 32
     """Rows of one optimizer step, over all processes."""
@@ -180,8 +180,8 @@ def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
     return load_settings(FinetuneConfig, argv, "deepspeed pipeline/finetune.py", FINETUNE_RULES)
 
 
-def task_run(config: FinetuneConfig, seed: int, num_rows: int) -> TaskRun:
-    """The run of a seed on so many training rows."""
+def task_run(config: FinetuneConfig, seed: int, num_rows: int, length: int) -> TaskRun:
+    """The run of a seed on so many training rows, of so many tokens at most."""
     training, selection = config.training, config.selection
     epochs = PUBLISHED_SETTINGS[config.task.name].epochs if training.epochs is None else training.epochs
     steps_of_epoch = num_rows / training.global_batch_size
@@ -194,7 +194,7 @@ def task_run(config: FinetuneConfig, seed: int, num_rows: int) -> TaskRun:
         threads=config.threads,
         model=config.model,
         task=config.task,
-        data=DataSettings(sample_length=training.length),
+        data=DataSettings(sample_length=length),
         optimizer=config.optimizer,
         schedule=ScheduleSettings(
             warmup_steps=round(schedule.warmup_share * total_steps),
@@ -206,9 +206,7 @@ def task_run(config: FinetuneConfig, seed: int, num_rows: int) -> TaskRun:
             total_steps, training.global_batch_size, training.micro_batch_size, training.stop_after_step
         ),
         selection=selection,
-        evaluation=EvaluationSettings(
-            max(1, round(steps_of_epoch / selection.per_epoch)), selection.micro_batch_size
-        ),
+        evaluation=EvaluationSettings(max(1, round(steps_of_epoch / selection.per_epoch)), selection.micro_batch_size),
         checkpoint=config.checkpoint,
         logging=config.logging,
     )
@@ -276,5 +274,6 @@ FINETUNE_RULES = (
         _start_faults,
     ),
     Rule(("model.neuron",), _neuron_faults),
+    TASK_RULE,
     Rule(("training.epochs", "task.name"), _epoch_faults),
 )

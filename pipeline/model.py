@@ -23,7 +23,15 @@ from models.modeling import (
     SpikeLMPreTrainedModel,
 )
 from models.warm_start import CheckpointTensors, WarmStartReport, llama_differences, load_bert, load_llama
-from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint, step_folder
+from pipeline.checkpoint import (
+    CheckpointError,
+    TrainState,
+    intact_checkpoint,
+    read_state,
+    read_weights,
+    resolve_checkpoint,
+    step_folder,
+)
 from pipeline.config import DataSettings, EngineSettings, RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_folders, open_tokenizer
 from pipeline.engine import partition_weights
@@ -263,7 +271,7 @@ def best_checkpoint(given: Path) -> Path:
     search = read_state(checkpoint).search
     if search is None or checkpoint.resolve() == given.resolve():
         return checkpoint
-    return resolve_checkpoint(step_folder(checkpoint.parent, search.best_step))
+    return intact_checkpoint(step_folder(checkpoint.parent, search.best_step))
 
 
 def fine_tuned_model(checkpoint: Path) -> tuple[SpikeLMForSequenceClassification, PreTrainedTokenizerBase]:

@@ -74,6 +74,8 @@ class TaskCorpus:
     config: TaskRun
     world: World
     data: TaskData
+    tokenizer: str
+    """Its fingerprint."""
     rows: Mapping[str, EncodedRows]
     objective: TaskObjective
 
@@ -103,7 +105,7 @@ class TaskCorpus:
 
     def identity(self) -> dict[str, Any]:
         """What decides which samples come when, and what is evaluated; kept in every checkpoint."""
-        return order_identity(self.rows[TRAIN], self.order)
+        return {**order_identity(self.rows[TRAIN], self.order), "tokenizer_fingerprint": self.tokenizer}
 
     def _loader(self, position: int) -> ElasticLoader:
         return ElasticLoader(

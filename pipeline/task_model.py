@@ -54,11 +54,11 @@ def open_start(settings: StartSettings) -> Start:
         model = None if settings.from_scratch else model
     if vocabulary_size(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"model.tokenizer {settings.tokenizer} has {vocabulary_size(tokenizer)} ids, the model {config.vocab_size}: "
-            "leave model.overrides.vocab_size out"
+            f"model.tokenizer {settings.tokenizer} has {vocabulary_size(tokenizer)} ids, the model "
+            f"{config.vocab_size}: leave model.overrides.vocab_size out"
         )
     if not SpikeLMForSequenceClassification.fits(config):
-        raise ValueError(f"model.preset {settings.preset} is a decoder: tasks are learned by encoders; name one of them")
+        raise ValueError(f"model.preset {settings.preset} is a decoder: tasks are learned by encoders; name one")
     return Start(config, tokenizer, model)
 
 

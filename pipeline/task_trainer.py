@@ -96,7 +96,7 @@ class TaskTrainer(Trainer):
         return {} if labels is None else compute_metrics(task, predictions.of(task), labels)
 
     def is_over(self) -> bool:
-        """Whether the last step is done, or early stopping ends the training: alike on all ranks, in every checkpoint."""
+        """Whether the last step is done, or early stopping ends the training: alike on all ranks."""
         patience, search = self.config.selection.early_stopping, self.state.search
         return self.state.step >= self.config.training.total_steps or (
             patience > 0 and search is not None and search.misses >= patience
