@@ -15,7 +15,7 @@ from data_prep.tokenization import tokenizer_fingerprint
 from pipeline.checkpoint import Checkpointer, find_start, intact_checkpoint, refuse_changes
 from pipeline.ending import FINISHED, STOPPED, end_by, end_early, leave_code
 from pipeline.engine import build_engine, seed_dropout, start_world
-from pipeline.finetune_config import FinetuneConfig, TaskRun, load_finetune_config, task_run
+from pipeline.finetune_config import FinetuneConfig, TaskRun, load_finetune_config, row_length, task_run
 from pipeline.loader import identity_differences
 from pipeline.metrics import Metrics
 from pipeline.run_folder import RunFolder
@@ -27,9 +27,6 @@ from pipeline.task_results import RESULT, describe_results, measure_seed, summar
 from pipeline.task_trainer import TaskTrainer
 from pipeline.tasks import TRAIN, TaskData, TaskSettings
 from pipeline.world import World, current_world, leave_world
-
-LONGEST = 128
-"""Tokens of a row where the recipe does not say: as GLUE's results are published, if the model takes as many."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,7 @@ def finetune(config: FinetuneConfig, stop: StopRequest) -> int:
 
 def _prepare(config: FinetuneConfig, world: World) -> Material:
     start = open_start(config.model)
-    positions = start.config.max_position_embeddings
-    length = config.training.length or min(LONGEST, positions)
-    if length > positions:
-        raise ValueError(
-            f"training.length {length}: the model has {positions} positions; set it to {positions} or less, or leave "
-            "it out: longer texts are cut off"
-        )
+    length = row_length(config.training, start.config.max_position_embeddings)
     data = _open_task(config.task, world)
     rows, truncated = encode_task(data, start.tokenizer, length)
     if world.is_main:

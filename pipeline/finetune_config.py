@@ -28,6 +28,9 @@ from pipeline.tasks import PUBLISHED_SETTINGS, TASK_RULE, TaskSettings
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 """Fields of SpikeLMConfig that may differ from those of the model that is started from."""
 
+LONGEST = 128
+"""Tokens of a row where the recipe does not say: as GLUE's results are published, if the model takes as many."""
+
 
 @dataclass(frozen=True)
 class StartSettings:
@@ -210,6 +213,17 @@ def task_run(config: FinetuneConfig, seed: int, num_rows: int, length: int) -> T
         checkpoint=config.checkpoint,
         logging=config.logging,
     )
+
+
+def row_length(training: EpochSettings, positions: int) -> int:
+    """Tokens of a row at most, for a model with so many positions. Raises ValueError where it has too few."""
+    length = training.length or min(LONGEST, positions)
+    if length > positions:
+        raise ValueError(
+            f"training.length {length}: the model has {positions} positions; set it to {positions} or less, or leave "
+            "it out: longer texts are cut off"
+        )
+    return length
 
 
 def _seed_faults(seeds: Sequence[int]) -> Iterator[str]:

@@ -42,18 +42,21 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], losses: tuple[str, ...], world: World) -> Predictions:
+def predict(
+    model: nn.Module, batches: Iterable[Batch], losses: tuple[str, ...], world: World | None = None
+) -> Predictions:
     """The predictions of `model`, or the engine around it, for the rows of all ranks' batches, each once, on all ranks.
 
-    A batch of sample id -1 counts for nothing.
+    A batch of sample id -1 counts for nothing. Without a world this process is alone.
     """
     model.eval()
     stack = spiking_stack(model)
-    stats = SpikeStats.zeros(len(stack.site_names), stack.config.num_timesteps, world.device)
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    device = stack.amplitudes.device
+    stats = SpikeStats.zeros(len(stack.site_names), stack.config.num_timesteps, device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     ids, scores = [], []
     for batch in batches:
-        tensors = {name: tensor.to(world.device) for name, tensor in batch.tensors.items()}
+        tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
         output = model(**tensors)
         stats += SpikeStats(output.spike_stats)
         if "labels" in tensors:
@@ -61,9 +64,10 @@ def predict(model: nn.Module, batches: Iterable[Batch], losses: tuple[str, ...],
         counted = batch.sample_ids >= 0
         ids.append(batch.sample_ids[counted].numpy())
         scores.append(output.logits.float().cpu()[counted].numpy())
-    gathered = world.gather((np.concatenate(ids), np.concatenate(scores)))
+    own = np.concatenate(ids), np.concatenate(scores)
+    gathered = world.gather(own) if world else [own]
     order = np.argsort(np.concatenate([part for part, _ in gathered]))
-    total, count = world.sum(sums).tolist()
+    total, count = (world.sum(sums) if world else sums).tolist()
     everything = np.concatenate([part for _, part in gathered])[order]
     return Predictions(everything, total / count if count else None, stats.all_reduced())
 
