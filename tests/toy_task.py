@@ -6,6 +6,7 @@ from random import Random
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
@@ -48,6 +49,8 @@ def make_tokenizer():
     words = [*SPECIAL.values(), *OTHERS, *TELLING["bad"], *TELLING["good"]]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    frame = [(name, words.index(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=frame)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
