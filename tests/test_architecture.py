@@ -28,7 +28,10 @@ RUNNING_PARTS = {
     *("glue", "own_rows", "task_data", "task_files", "task_metrics"),
     *("task_corpus", "task_evaluation", "task_model", "task_results", "task_trainer"),
 }
-FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "places", "tasks", "finetune_config"}
+FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "phases", "places"} | {
+    "tasks",
+    "finetune_config",
+}
 SHARED_BY_DATA_PREP = {
     f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "sources", "tokenization")
 }

@@ -72,6 +72,8 @@ def values_of(type_):
         return st.one_of(map(values_of, parts))
     if origin is dict and type_ not in PLAIN:
         return st.dictionaries(*map(values_of, parts), max_size=3)
+    if origin is tuple and parts[1:] == (...,):
+        return st.lists(values_of(parts[0]), max_size=3).map(tuple)
     return st.tuples(*map(values_of, parts)) if origin is tuple else PLAIN[type_]
 
 
@@ -356,7 +358,8 @@ def test_any_config_can_be_given_by_arguments_alone(config):
     for field in known_fields(RunConfig).values():
         if not field.is_section:
             value = functools.reduce(getattr, field.name.split("."), config)
-            arguments.append(f"--{field.name}={value if field.type is str else json.dumps(value)}")
+            for part in map(dataclasses.asdict, value) if field.is_repeated else [value]:
+                arguments.append(f"--{field.name}={part if field.type is str else json.dumps(part)}")
     assert load_settings(RunConfig, arguments, "pretrain") == config
 
 

@@ -40,6 +40,12 @@ def plain():
 
 
 @pytest.fixture(scope="module")
+def phased():
+    """Losses and first gradients of one process whose batches become smaller."""
+    return reference.train_plainly("none", is_phased=True)
+
+
+@pytest.fixture(scope="module")
 def clipped():
     """Losses of one process that clips."""
     return reference.train_plainly("none", clip_norm=CLIP_NORM)[0]
@@ -64,8 +70,8 @@ def bf16_drift(plain):
 
 
 @pytest.mark.parametrize("case", FP32)
-def test_first_loss_and_gradients_equal_one_process(case, results, plain):
-    losses, gradients, _ = plain[CASES[case][0]]
+def test_first_loss_and_gradients_equal_one_process(case, results, plain, phased):
+    losses, gradients, _ = phased if "phases" in case else plain[CASES[case][0]]
     ours = results[case][0]
     assert float(ours["losses"][0]) == pytest.approx(losses[0], rel=1e-5)
     parted = {n: float((ours[f"grad/{n}"] - g).norm() / g.norm()) for n, g in gradients.items()}
@@ -73,8 +79,8 @@ def test_first_loss_and_gradients_equal_one_process(case, results, plain):
 
 
 @pytest.mark.parametrize("case", [name for name in FP32 if name.startswith("none")])
-def test_ordinary_losses_equal_one_process(case, results, plain, clipped):
-    expected = clipped if case.endswith("clip") else plain["none"][0]
+def test_ordinary_losses_equal_one_process(case, results, plain, clipped, phased):
+    expected = clipped if case.endswith("clip") else phased[0] if "phases" in case else plain["none"][0]
     np.testing.assert_allclose(results[case][0]["losses"], expected, rtol=1e-5)
 
 
