@@ -48,7 +48,7 @@ def by_hand(folder, num_timesteps):
     for row in ROWS:
         label = torch.tensor([["bad", "good"].index(row["label"])])
         with torch.no_grad():
-            output = model(**tokenizer(f"[CLS] {row['text']} [SEP]", return_tensors="pt"), labels=label)
+            output = model(**tokenizer(row["text"], return_tensors="pt"), labels=label)
         predicted.append(int(output.logits.argmax()))
         losses.append(float(output.loss))
         stats.append(output.spike_stats)
