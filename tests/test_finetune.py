@@ -13,6 +13,7 @@ from models.auto import save_with_code
 from models.config import SpikeLMConfig
 from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForSequenceClassification
 from pipeline.checkpoint import Search
+from pipeline.config import differences
 from pipeline.finetune import _prepare
 from pipeline.finetune_config import StartSettings, load_finetune_config, task_run
 from pipeline.objectives import IGNORED, count_targets, loss_sums, without_targets
@@ -97,6 +98,8 @@ def test_steps_follow_from_rows_and_epochs(recipe):
     run = task_run(recipe("--training.epochs", "2.5", "--selection.per_epoch", "2"), 7, 100, 16)
     assert (run.training.total_steps, run.evaluation.every, run.schedule.warmup_steps) == (16, 3, 2)
     assert (run.seed, run.name, run.data.sample_length) == (7, "seed-7", 16)
+    other = task_run(recipe("--selection.early_stopping", "1", "--task.test", "null"), 7, 100, 16)
+    assert differences(task_run(recipe(), 7, 100, 16), other) == ["selection.early_stopping: 0 in the run, 1 now"]
     glue = recipe()
     glue = replace(glue, task=replace(glue.task, name="mrpc"), training=replace(glue.training, epochs=None))
     assert task_run(glue, 0, 160, 16).training.total_steps == 200  # 20 epochs are published

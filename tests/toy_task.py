@@ -54,7 +54,7 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
-def finetune_arguments(task, output, name, *more, seeds=(0,), epochs=5, **overrides):
+def finetune_arguments(task, output, name, *more, seeds=(0,), epochs=3, **overrides):
     """The command line of a fine-tuning of 4 steps an epoch in <output>/<name>."""
     recipe = {
         "name": name,

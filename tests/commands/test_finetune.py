@@ -29,16 +29,24 @@ def finetuned(tmp_path_factory):
     jobs = [
         finetune_arguments(folder, folder, "two", seeds=(0, 1), epochs=8),
         finetune_arguments(folder, folder, "whole", "--selection.early_stopping", "3", **DROPOUT),
-        finetune_arguments(folder, folder, "early", *never_better),
+        finetune_arguments(folder, folder, "early", *never_better, epochs=5),
         # Once more, in parts that end between two evaluations, and at one.
         *(
             finetune_arguments(folder, folder, "parts", "--selection.early_stopping", "3", *stop, **DROPOUT)
             for stop in (("--training.stop_after_step", "6"), ("--training.stop_after_step", "8"), ())
         ),
+        further(folder, "further-2"),
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "output.txt").write_text(launch("tests/distributed/finetune_worker.py", folder / "jobs.json"))
     return folder
+
+
+def further(folder, name):
+    """The command line of two steps from what two/seed-1 has learned, with its amplitudes."""
+    start = ["--model.start", str(folder / "two/seed-1"), "--model.overrides", "{}"]
+    afresh = ["--model.preset", "null", "--model.tokenizer", "null"]
+    return finetune_arguments(folder, folder, name, *start, *afresh, "--training.stop_after_step", "2")
 
 
 def lines_of(run, kind):
@@ -81,13 +89,13 @@ def test_predictions_are_those_that_were_measured(finetuned):
 
 
 def test_one_process_learns_as_two_do(finetuned):
-    arguments = finetune_arguments(finetuned, finetuned, "one", "--training.stop_after_step", "4", epochs=8)
-    result = run([str(BIN / "python"), str(ROOT / "pipeline/finetune.py"), *arguments])
-    assert result.returncode == 0 and "stopped at step 4 of 32" in result.stdout, result.stdout
-    one, two = (lines_of(finetuned / name / "seed-0", "train") for name in ("one", "two"))
-    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
-    assert not (finetuned / "one/results.json").exists()
-    heldout = [lines_of(finetuned / name / "seed-0", "heldout")[0] for name in ("one", "two")]
+    result = run([str(BIN / "python"), str(ROOT / "pipeline/finetune.py"), *further(finetuned, "further-1")])
+    assert result.returncode == 0 and "stopped at step 2 of 12" in result.stdout, result.stdout
+    assert not (finetuned / "further-1/results.json").exists()
+    one, two = (finetuned / name / "seed-0" for name in ("further-1", "further-2"))
+    first = [lines_of(run, "train")[0]["loss"] for run in (one, two)]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+    heldout = [lines_of(run, "heldout")[0] for run in (one, two)]
     for name in ("classification_loss", "accuracy", "macro_f1"):
         assert heldout[0][name] == pytest.approx(heldout[1][name], rel=1e-6)
 
@@ -145,18 +153,11 @@ def test_an_export_of_the_best_classifies_wherever_transformers_is(finetuned, tm
     assert "text-classification" in card and "it tells bad, good apart" in card
 
 
-def test_other_rows_or_settings_are_refused_by_name(finetuned):
-    other = finetuned / "other"
-    other.mkdir()
-    write_task(other)
-    rows = (other / "train.jsonl").read_text().splitlines(keepends=True)
-    (other / "train.jsonl").write_text("".join([*rows[:-1], json.dumps({"text": "a great film", "label": "good"})]))
-    for change, what in (
-        (("--task.train", str(other / "train.jsonl")), "fingerprint: '"),
-        (("--selection.early_stopping", "1"), "selection.early_stopping: 3 in the run, 1 now"),
-    ):
-        arguments = finetune_arguments(
-            finetuned, finetuned, "whole", "--selection.early_stopping", "3", *change, **DROPOUT
-        )
-        result = run([str(BIN / "python"), str(ROOT / "pipeline/finetune.py"), *arguments])
-        assert result.returncode == 2 and what in result.stdout, result.stdout
+def test_other_rows_are_refused_by_name(finetuned):
+    rows = make_rows(SIZES["train"], 0)
+    (finetuned / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    change = ("--selection.early_stopping", "3", "--task.train", str(finetuned / "other.jsonl"))
+    arguments = finetune_arguments(finetuned, finetuned, "whole", *change, **DROPOUT)
+    result = run([str(BIN / "python"), str(ROOT / "pipeline/finetune.py"), *arguments])
+    assert result.returncode == 2 and "fingerprint: '" in result.stdout, result.stdout
+    assert "in the checkpoint, 63 now" in result.stdout
