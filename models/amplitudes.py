@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .config import SITES, NeuronConfig
 from .neuron import LIF_THRESHOLD, run_lif, run_memoryless, run_neuron
-from .spike_linear import Activation, Firing, KeptAsCodes, spike, spike_linear
+from .spike_linear import Activation, Firing, FusedActivation, KeptAsCodes, spike, spike_linear
 from .spike_ops import Backend, decode, resolve_backend, worth
 
 STATISTICS = ("membrane", "count", "positive", "negative", "saturated")
@@ -145,17 +145,27 @@ class BlockNeurons:
         bias: Tensor | None,
         activation: Activation | None = None,
         recompute: bool = False,
+        before: FusedActivation | None = None,
     ) -> Tensor:
-        """The linear layer behind `site`, and the activation behind that: as spike_linear where spikes are elastic."""
+        """The linear layer behind `site`, and the activation behind that: as spike_linear where spikes are elastic.
+
+        `before` is for neurons that fuse activations alone.
+        """
         if self.config.kind != "elastic":
             product = F.linear(self.fire(site, x_TBLD), weight, bias)
             return product if activation is None else activation(product)
         firing = self._ready(site, x_TBLD)
         output, measured, carry = spike_linear(
-            x_TBLD, weight, bias, self.amplitudes[site], self._carry(site), firing, activation, recompute
+            x_TBLD, weight, bias, self.amplitudes[site], self._carry(site), firing, activation, recompute, before
         )
-        self._count(measured, x_TBLD.shape[-1])
+        self._count(measured, weight.shape[-1])
         return self._leave(site, output, carry)
+
+    def fuse_activations(self, device: torch.device) -> bool:
+        """Whether the neuron's own kernel can compute what stands before it; calibration must see its output."""
+        if self.config.kind != "elastic" or self.calibrate:
+            return False
+        return resolve_backend(self.backend, device) == "triton"
 
     def keeping_codes(
         self, fired: Mapping[int, Tensor], shaped: Callable[[Tensor], Tensor]

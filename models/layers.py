@@ -19,13 +19,21 @@ from .amplitudes import BlockNeurons
 from .cache import SpikeCacheLayer
 from .config import SITES, NeuronConfig
 from .positions import WHOLE_ROWS, BatchLayout, TokenPlaces, rotate
-from .spike_linear import Activation
+from .spike_linear import Activation, FusedActivation
 from .spike_ops import Backend
 
 QKV, KEY, VALUE, ATTENTION_OUTPUT, MLP_UP, MLP_DOWN = range(len(SITES))
 
 MEMBRANES = (QKV, ATTENTION_OUTPUT, MLP_UP, MLP_DOWN)
 """The sites whose membranes leave something to the next timestep."""
+
+
+FUSED = {
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
+    **dict.fromkeys(("silu", "swish"), "silu"),
+}
+"""Activations that the kernel of the neuron behind them can compute, and as which of spike_ops.ACTIVATIONS."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,19 @@ class SpikeLinear(nn.Linear):
     recompute = False
     """Make what the activation gets again in the backward, instead of keeping it."""
 
-    def forward(self, x_TBLD: Tensor, neurons: BlockNeurons, site: int, activation: Activation | None = None) -> Tensor:
-        """activation(spikes W^T + b), [T, B, L, out_features or what the activation makes of them]."""
-        return neurons.project(site, x_TBLD, self.weight, self.bias, activation, self.recompute)
+    def forward(
+        self,
+        x_TBLD: Tensor,
+        neurons: BlockNeurons,
+        site: int,
+        activation: Activation | None = None,
+        before: FusedActivation | None = None,
+    ) -> Tensor:
+        """activation(spikes W^T + b), [T, B, L, out_features or what the activation makes of them].
+
+        `before` makes the neuron's input of x.
+        """
+        return neurons.project(site, x_TBLD, self.weight, self.bias, activation, self.recompute, before)
 
 
 class SpikeAttention(nn.Module):
@@ -142,16 +160,24 @@ class SpikeAttention(nn.Module):
 
 
 class SpikeMLP(nn.Module):
-    """Two linear layers, each behind a neuron, with the activation between them; gate and up are one product."""
+    """Two linear layers, each behind a neuron, with the activation between them; gate and up are one product.
+
+    The activation is computed behind the first, or (FUSED, in Triton) by the kernel of the neuron before the second.
+    """
 
     def __init__(self, hidden_size: int, spec: MLPSpec) -> None:
         super().__init__()
         self.gated = spec.gated
         self.up = SpikeLinear(hidden_size, (2 if spec.gated else 1) * spec.intermediate_size, bias=spec.bias)
         self.activation = ACT2FN[spec.activation]
+        fused = FUSED.get(spec.activation)
+        self.fused = None if fused is None else FusedActivation(fused, spec.gated)
         self.down = SpikeLinear(spec.intermediate_size, hidden_size, bias=spec.bias)
 
     def forward(self, x_TBLD: Tensor, neurons: BlockNeurons) -> Tensor:
+        # What is made again is made of the first layer's weight, which only that layer's own backward is sure to have.
+        if self.fused is not None and not self.up.recompute and neurons.fuse_activations(x_TBLD.device):
+            return self.down(self.up(x_TBLD, neurons, MLP_UP), neurons, MLP_DOWN, before=self.fused)
         return self.down(self.up(x_TBLD, neurons, MLP_UP, self._activate), neurons, MLP_DOWN)
 
     def _activate(self, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 
-from .spike_ops import decode, encode, membrane_backward, worth
+from .spike_ops import activated_backward, decode, encode, encode_activated, membrane_backward, worth
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -28,6 +28,14 @@ class Firing:
     reset: str
     leak: float
     backend: str
+
+
+@dataclass(frozen=True)
+class FusedActivation:
+    """An activation before a neuron, in the neuron's own kernel: as spike_ops.encode_activated takes it."""
+
+    name: str
+    gated: bool
 
 
 def spike(
@@ -50,14 +58,16 @@ def spike_linear(
     firing: Firing,
     activation: Activation | None = None,
     recompute: bool = False,
+    before: FusedActivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """activation(spikes W^T + b) [T, B, L, F], spike_ops.MEASURED [4, T, B, L] as `spike` gives it, and the carry.
 
     What the activation gets is kept for the backward in the dtype of the product, or (`recompute`) made again from the
-    codes by one more product. Under autocast the product has autocast's dtype, the neuron at least fp32.
+    codes by one more product. `before` makes the neuron's input of x, which is then kept. Under autocast the product
+    has autocast's dtype, the neuron at least fp32.
     Raises RuntimeError, in the backward, where a second derivative is asked for.
     """
-    return _SpikeLinear.apply(x_TBLD, weight_ED, bias_E, alpha_T, carry_BLD, firing, activation, recompute)
+    return _SpikeLinear.apply(x_TBLD, weight_ED, bias_E, alpha_T, carry_BLD, firing, activation, recompute, before)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -126,14 +136,16 @@ class _SpikeLinear(Function):
         firing: Firing,
         activation: Activation | None,
         recompute: bool,
+        before: FusedActivation | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        code, measured, carry = _encode(ctx, x_TBLD, alpha_T, carry_BLD, firing)
+        code, measured, carry = _encode(ctx, x_TBLD, alpha_T, carry_BLD, firing, before)
         ctx.activation, ctx.product_dtype = activation, product_dtype(x_TBLD)
         ctx.recomputes = activation is not None and recompute
         product = _product(ctx, code, alpha_T, weight_ED, bias_E)
         hidden = None if activation is None or recompute else product
         # Kept is the Parameter itself, so that an engine that has partitioned it meanwhile can gather it.
-        ctx.save_for_backward(code, alpha_T, weight_ED, bias_E if ctx.recomputes else None, hidden)
+        kept_bias, kept_x = bias_E if ctx.recomputes else None, None if before is None else x_TBLD
+        ctx.save_for_backward(code, alpha_T, weight_ED, kept_bias, hidden, kept_x)
         return product if activation is None else activation(product), measured, carry
 
     @staticmethod
@@ -141,7 +153,7 @@ class _SpikeLinear(Function):
         ctx: FunctionCtx, grad: Tensor | None, grad_measured: Tensor | None, grad_carry: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        code, alpha_T, weight, bias, hidden = ctx.saved_tensors
+        code, alpha_T, weight, bias, hidden, x = ctx.saved_tensors
         grad_weight = grad_bias = None
         if grad is not None:
             if ctx.recomputes:
@@ -157,17 +169,25 @@ class _SpikeLinear(Function):
             if ctx.needs_input_grad[2]:
                 grad_bias = grad_2d.sum(0)
             grad = grad @ weight.to(grad.dtype)
-        grad_x, grad_carry_in = _through_membrane(ctx, code, alpha_T, grad, grad_measured, grad_carry)
-        return grad_x, grad_weight, grad_bias, None, grad_carry_in, None, None, None
+        grad_x, grad_carry_in = _through_membrane(ctx, code, alpha_T, grad, grad_measured, grad_carry, x)
+        return grad_x, grad_weight, grad_bias, None, grad_carry_in, None, None, None, None
 
 
 def _encode(
-    ctx: FunctionCtx, x_TBLD: Tensor, alpha_T: Tensor, carry_BLD: Tensor | None, firing: Firing
+    ctx: FunctionCtx,
+    x_TBLD: Tensor,
+    alpha_T: Tensor,
+    carry_BLD: Tensor | None,
+    firing: Firing,
+    before: FusedActivation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """spike_ops.encode, noting on `ctx` what the backward asks for that is no tensor."""
-    ctx.firing, ctx.width, ctx.input_dtype = firing, x_TBLD.shape[-1], x_TBLD.dtype
+    ctx.firing, ctx.before, ctx.input_dtype = firing, before, x_TBLD.dtype
+    ctx.width = x_TBLD.shape[-1] // (2 if before is not None and before.gated else 1)
     ctx.had_carry = carry_BLD is not None
     ctx.set_materialize_grads(False)
+    if before is not None:
+        return encode_activated(x_TBLD, alpha_T, carry_BLD, before.name, before.gated, firing.reset, firing.leak)
     return encode(x_TBLD, alpha_T, carry_BLD, firing.reset, firing.leak, firing.backend)
 
 
@@ -182,16 +202,22 @@ def _through_membrane(
     grad: Tensor | None,
     grad_measured: Tensor | None,
     grad_carry: Tensor | None,
+    x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the neuron's input and of the carry that it got (None where it got none)."""
+    """Gradients of the neuron's input, or of x, of which that was made, and of the carry that it got, if any."""
     if grad is None:
         grad = torch.zeros(*code.shape[:-1], ctx.width, dtype=ctx.input_dtype, device=code.device)
     if grad_measured is not None:
         grad = grad + _through_counts(ctx, code, alpha_T, grad_measured)
-    firing = ctx.firing
-    grad_x, grad_carry_in = membrane_backward(
-        grad.to(ctx.input_dtype), code, alpha_T, grad_carry, firing.reset, firing.leak, firing.backend
-    )
+    grad, firing, before = grad.to(ctx.input_dtype), ctx.firing, ctx.before
+    if x is None:
+        grad_x, grad_carry_in = membrane_backward(
+            grad, code, alpha_T, grad_carry, firing.reset, firing.leak, firing.backend
+        )
+    else:
+        grad_x, grad_carry_in = activated_backward(
+            grad, x, code, alpha_T, grad_carry, before.name, before.gated, firing.reset, firing.leak
+        )
     return grad_x, grad_carry_in if ctx.had_carry else None
 
 

@@ -6,6 +6,9 @@ Three primitives stand behind every spiking layer, each an operator of torch.lib
     decode             what the layer behind the neuron sees
     membrane_backward  from the gradient of that to the gradient of the neuron's input
 
+Triton has the first and the last also with the activation before the neuron in the same launch, so that the
+activation's output is never in memory: encode_activated and activated_backward.
+
 An element is in one of six states: 0 silent, 1 and 2 a spike of +1 and -1, 3 and 4 the same beyond the amplitude,
 where no gradient passes, 5 not finite (membrane or amplitude), which is decoded as NaN. Byte j of a row holds those of
 elements j, j + N and j + 2N, as digits to the base 6. Spikes are found without division: s = +-1 where +-m > 0.5 a,
@@ -13,7 +16,8 @@ saturated where |m| > a, which equals the quotient's rounding (models.neuron, wh
 
 Backends: "torch" runs anywhere; "cpp" is compiled on CPUs at first use; "triton" is for GPUs. "auto" chooses by device.
 
-Legend: T spike timesteps (first), B batch, L tokens, D width, N bytes of a row.
+Legend: T spike timesteps (first), B batch, L tokens, D width, N bytes of a row, F width of an activation's input: D, or
+where it is gated 2D: activation(gate) * the other half.
 """
 
 import logging
@@ -36,6 +40,9 @@ FASTEST = {"cpu": "cpp", "cuda": "triton"}
 
 RESETS = ("memoryless", "released", "normalized")
 """What a spike leaves of the membrane: backends are told by the index."""
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+"""Those that encode_activated knows, GELU by erf and by tanh among them: kernels are told by the index."""
 
 # An exported folder's copy of this code has operators of its own: those of two versions must not replace each other.
 NAMESPACE = "spikelm" if __name__ == "models.spike_ops" else re.sub(r"\W", "_", __name__)
@@ -168,6 +175,65 @@ def membrane_backward(
     return grad_x, grad_carry
 
 
+@torch.library.custom_op(f"{NAMESPACE}::encode_activated", mutates_args=())
+def encode_activated(
+    hidden_TBLF: Tensor,
+    alpha_T: Tensor,
+    carry_BLD: Tensor | None,
+    activation: str,
+    gated: bool,
+    reset: str,
+    leak: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As encode, by Triton, of what one of ACTIVATIONS makes of its input, rounded to that input's dtype."""
+    x_TBLD = _as_activated(hidden_TBLF, gated)  # of its shape, no more
+    _check(x_TBLD, alpha_T, carry_BLD)
+    alpha_T = alpha_T.detach().to(compute_dtype(hidden_TBLF.dtype))
+    encoded = _empty_encoded(x_TBLD, reset)
+    given = (*_laid_out(hidden_TBLF), *_raw_and_floored(alpha_T), _contiguous(carry_BLD, alpha_T.dtype))
+    with torch.cuda.device_of(hidden_TBLF):
+        _module("triton").encode(
+            *given, RESETS.index(reset), leak, *encoded, activation=ACTIVATIONS.index(activation), gated=gated
+        )
+    return encoded
+
+
+@torch.library.custom_op(f"{NAMESPACE}::activated_backward", mutates_args=())
+def activated_backward(
+    grad_TBLD: Tensor,
+    hidden_TBLF: Tensor,
+    code_TBLN: Tensor,
+    alpha_T: Tensor,
+    grad_carry_BLD: Tensor | None,
+    activation: str,
+    gated: bool,
+    reset: str,
+    leak: float,
+) -> tuple[Tensor, Tensor]:
+    """As membrane_backward, by Triton, to the gradient of what encode_activated got, [T, B, L, F] in its dtype."""
+    if grad_TBLD.shape != (shape := _as_activated(hidden_TBLF, gated).shape):
+        raise ValueError(f"a gradient of shape {tuple(grad_TBLD.shape)} for an activation of {tuple(shape)}")
+    _check(grad_TBLD, alpha_T, grad_carry_BLD)
+    _check(code_TBLN, alpha_T, None, grad_TBLD.shape[-1])
+    alpha_T = alpha_T.detach().to(compute_dtype(hidden_TBLF.dtype))
+    grads = _empty_activated_backward(hidden_TBLF, gated, reset)
+    carry_BLD = _contiguous(grad_carry_BLD, alpha_T.dtype)
+    given = (grad_TBLD.contiguous(), code_TBLN.contiguous(), *_raw_and_floored(alpha_T), carry_BLD)
+    how = {"activation": ACTIVATIONS.index(activation), "gated": gated}
+    with torch.cuda.device_of(hidden_TBLF):
+        _module("triton").membrane_backward(*given, RESETS.index(reset), leak, *grads, *_laid_out(hidden_TBLF), **how)
+    return grads
+
+
+def _as_activated(hidden_TBLF: Tensor, gated: bool) -> Tensor:
+    """A view with the shape of the activation's output."""
+    return hidden_TBLF[..., : hidden_TBLF.shape[-1] // 2] if gated else hidden_TBLF
+
+
+def _empty_activated_backward(hidden_TBLF: Tensor, gated: bool, reset: str) -> tuple[Tensor, Tensor]:
+    return hidden_TBLF.new_empty(hidden_TBLF.shape), _empty_carry(_as_activated(hidden_TBLF, gated), reset)
+
+
 def _empty_encoded(x_TBLD: Tensor, reset: str) -> tuple[Tensor, Tensor, Tensor]:
     *shape, width = x_TBLD.shape
     code = x_TBLD.new_empty(*shape, code_width(width), dtype=torch.uint8)
@@ -221,6 +287,14 @@ def _check(x_TBLD: Tensor, alpha_T: Tensor, carry_BLD: Tensor | None, width: int
 encode.register_fake(lambda x, alpha, carry, reset, leak, backend: _empty_encoded(x, reset))
 decode.register_fake(lambda code, worth, width, backend: _empty_decoded(code, worth, width))
 membrane_backward.register_fake(lambda grad, code, alpha, carry, reset, leak, backend: _empty_backward(grad, reset))
+encode_activated.register_fake(
+    lambda hidden, alpha, carry, activation, gated, reset, leak: _empty_encoded(_as_activated(hidden, gated), reset)
+)
+activated_backward.register_fake(
+    lambda grad, hidden, code, alpha, carry, activation, gated, reset, leak: _empty_activated_backward(
+        hidden, gated, reset
+    )
+)
 
 
 def _encode(

@@ -3,7 +3,11 @@
 A program has BLOCK_N rows and BLOCK_H of their bytes, with three elements each. Without a GPU they run in Triton's
 interpreter (TRITON_INTERPRET=1), which is how they are tested.
 
-Legend: T spike timesteps, N rows (of all batches and tokens), D width, H bytes of a row.
+What charges the membranes may be an activation, computed from its input in the same launch. It is rounded to the dtype
+of its input, in which an activation in a launch of its own would hand it on; so is a gate's before the product.
+
+Legend: T spike timesteps, N rows (of all batches and tokens), D width, H bytes of a row, F width of the activation's
+input: D, or where it is gated 2D, gate first.
 """
 
 import torch
@@ -12,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 MEMORYLESS, RELEASED, NORMALIZED = (tl.constexpr(index) for index in range(3))
+GELU, GELU_TANH = tl.constexpr(0), tl.constexpr(1)
 NOT_FINITE, FIRST_SATURATED = tl.constexpr(5), tl.constexpr(3)
 
 BLOCK_H = 128
@@ -37,15 +42,18 @@ def encode(
     code_TBLN: Tensor,
     measured: Tensor,
     left_BLD: Tensor,
+    activation: int | None = None,
+    gated: bool = False,
 ) -> None:
-    """As spike_ops.encode."""
+    """As spike_ops.encode, or (`activation`) as spike_ops.encode_activated, of whose input x then is."""
     T, N, D, H = _sizes(x_TBLD, code_TBLN)
+    D = D // 2 if gated else D
     grid, blocks = _grid(N, H)
     partial = alpha_T.new_empty(*measured.shape[:2], N, grid[1])
     _encode[grid](
         *(x_TBLD, alpha_T, floored_T, x_TBLD if carry_BLD is None else carry_BLD),
         *(left_BLD, code_TBLN, partial, apart_t, apart_n, N, D, H),
-        *(T, reset, leak, carry_BLD is not None, *blocks),
+        *(T, reset, leak, carry_BLD is not None, activation, gated, *blocks),
         enable_fp_fusion=False,  # the order of roundings is the reference's
     )
     measured.copy_(partial.sum(-1, dtype=torch.float64).view_as(measured))
@@ -68,14 +76,19 @@ def membrane_backward(
     leak: float,
     grad_x_TBLD: Tensor,
     grad_left_BLD: Tensor,
+    hidden_TBLF: Tensor | None = None,
+    apart_t: int = 0,
+    apart_n: int = 0,
+    activation: int | None = None,
+    gated: bool = False,
 ) -> None:
-    """As spike_ops.membrane_backward."""
+    """As spike_ops.membrane_backward, or (`activation`, and the input that it got) as spike_ops.activated_backward."""
     T, N, D, H = _sizes(grad_TBLD, code_TBLN)
     grid, blocks = _grid(N, H)
     _membrane_backward[grid](
         *(grad_TBLD, code_TBLN, alpha_T, floored_T, grad_TBLD if grad_carry_BLD is None else grad_carry_BLD),
-        *(grad_x_TBLD, grad_left_BLD, N, D, H),
-        *(T, reset, leak, grad_carry_BLD is not None, *blocks),
+        *(grad_TBLD if hidden_TBLF is None else hidden_TBLF, grad_x_TBLD, grad_left_BLD, apart_t, apart_n, N, D, H),
+        *(T, reset, leak, grad_carry_BLD is not None, activation, gated, *blocks),
         enable_fp_fusion=False,
     )
 
@@ -90,6 +103,51 @@ def _grid(rows: int, bytes_: int) -> tuple[tuple[int, int], tuple[int, int]]:
     block_n = ELEMENTS // BLOCK_H
     # A grid without programs is refused; one without rows has nothing to write.
     return (max(1, triton.cdiv(rows, block_n)), triton.cdiv(bytes_, block_h)), (block_n, block_h)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _tanh_argument(x):
+    """Twice what GELU takes the tanh of: (1 + tanh(u)) / 2 is the sigmoid of 2u."""
+    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == GELU:
+        return x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    if ACTIVATION == GELU_TANH:
+        return x * _sigmoid(_tanh_argument(x))
+    return x * _sigmoid(x)
+
+
+@triton.jit
+def _slope(x, ACTIVATION: tl.constexpr):
+    """The activation's derivative."""
+    if ACTIVATION == GELU:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    if ACTIVATION == GELU_TANH:
+        share = _sigmoid(_tanh_argument(x))
+        return share + x * share * (1.0 - share) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+    share = _sigmoid(x)
+    return share * (1.0 + x * (1.0 - share))
+
+
+@triton.jit
+def _charge(row, within, D, compute: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """What elements of a row add to their membranes."""
+    x = tl.load(row, within, 0.0)
+    if ACTIVATION is None:
+        return x.to(compute)
+    activated = _activated(x.to(compute), ACTIVATION).to(x.dtype)
+    if GATED:
+        activated = (activated.to(compute) * tl.load(row + D, within, 0.0).to(compute)).to(x.dtype)
+    return activated.to(compute)
 
 
 @triton.jit
@@ -111,8 +169,8 @@ def _fire(m, alpha, a, RESET: tl.constexpr, LEAK: tl.constexpr):
 @triton.jit
 def _encode(
     x_ptr, alpha_ptr, floored_ptr, carry_ptr, left_ptr, code_ptr, partial_ptr, stride_t, stride_n, N, D, H,
-    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
@@ -128,9 +186,9 @@ def _encode(
     for t in tl.static_range(T):
         alpha, a = tl.load(alpha_ptr + t), tl.load(floored_ptr + t)
         row = x_ptr + tl.full((1, 1), t, tl.int64) * stride_t + n * stride_n + h
-        m_0 = carry_0 + tl.load(row, in_0, 0.0).to(compute)
-        m_1 = carry_1 + tl.load(row + H, in_1, 0.0).to(compute)
-        m_2 = carry_2 + tl.load(row + 2 * H, in_2, 0.0).to(compute)
+        m_0 = carry_0 + _charge(row, in_0, D, compute, ACTIVATION, GATED)
+        m_1 = carry_1 + _charge(row + H, in_1, D, compute, ACTIVATION, GATED)
+        m_2 = carry_2 + _charge(row + 2 * H, in_2, D, compute, ACTIVATION, GATED)
         state_0, carry_0, up_0, down_0, beyond_0 = _fire(m_0, alpha, a, RESET, LEAK)
         state_1, carry_1, up_1, down_1, beyond_1 = _fire(m_1, alpha, a, RESET, LEAK)
         state_2, carry_2, up_2, down_2, beyond_2 = _fire(m_2, alpha, a, RESET, LEAK)
@@ -187,16 +245,29 @@ def _back(grad, d, state, alpha, a, RESET: tl.constexpr, LEAK: tl.constexpr, CHA
 
 
 @triton.jit
+def _pass_on(d, hidden, into, within, D, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """Write the gradient of what charged membranes, or of what its activation got."""
+    out = into.dtype.scalar.element_ty
+    if ACTIVATION is not None:
+        x = tl.load(hidden, within, 0.0).to(d.dtype)
+        if GATED:
+            tl.store(into + D, (d * _activated(x, ACTIVATION)).to(out), within)
+            d = d * tl.load(hidden + D, within, 0.0).to(d.dtype)
+        d = d * _slope(x, ACTIVATION)
+    tl.store(into, d.to(out), within)
+
+
+@triton.jit
 def _membrane_backward(
-    grad_ptr, code_ptr, alpha_ptr, floored_ptr, carry_ptr, grad_x_ptr, left_ptr, N, D, H,
-    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    grad_ptr, code_ptr, alpha_ptr, floored_ptr, carry_ptr, hidden_ptr, grad_x_ptr, left_ptr, stride_t, stride_n,
+    N, D, H,
+    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     inside = (n < N) & (h < H)
     compute = alpha_ptr.dtype.element_ty
-    out = grad_x_ptr.dtype.element_ty
     in_0, in_1, in_2 = inside & (h < D), inside & (H + h < D), inside & (2 * H + h < D)
     d_0 = tl.zeros((BLOCK_N, BLOCK_H), compute)
     d_1, d_2 = d_0, d_0
@@ -218,9 +289,11 @@ def _membrane_backward(
         d_2 = _back(
             tl.load(grad_ptr + row + 2 * H, in_2, 0.0).to(compute), d_2, code // 36, alpha, a, RESET, LEAK, chained
         )
-        tl.store(grad_x_ptr + row, d_0.to(out), in_0)
-        tl.store(grad_x_ptr + row + H, d_1.to(out), in_1)
-        tl.store(grad_x_ptr + row + 2 * H, d_2.to(out), in_2)
+        hidden = hidden_ptr + tl.full((1, 1), t, tl.int64) * stride_t + n * stride_n + h
+        into = grad_x_ptr + (t * N + n) * (2 * D if GATED else D) + h
+        _pass_on(d_0, hidden, into, in_0, D, ACTIVATION, GATED)
+        _pass_on(d_1, hidden + H, into + H, in_1, D, ACTIVATION, GATED)
+        _pass_on(d_2, hidden + 2 * H, into + 2 * H, in_2, D, ACTIVATION, GATED)
     if RESET != MEMORYLESS:
         tl.store(left_ptr + n * D + h, d_0, in_0)
         tl.store(left_ptr + n * D + H + h, d_1, in_1)

@@ -257,12 +257,13 @@ def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
     agree = world.agree if world else bool
     if not agree(path.exists()):
         raise CheckpointError(f"{given} does not exist: name a run, as runs/NAME, or one of its checkpoints")
-    folder = next((folder for folder in (path, path / "checkpoints") if _tags(folder)), path.parent)
+    folder = next((folder for folder in (path, path / "checkpoints") if _tags(folder)), None)
     if not agree(not _is_young_run(path)):
         raise CheckpointError(
             f"{given} has no checkpoint yet: wait for the first, at step checkpoint.every of its recipe"
         )
-    intact, faults = _newest_intact(_tags(folder) or [path.name], folder, world)
+    tags, folder = (_tags(folder), folder) if folder else ([path.name], path.parent)
+    intact, faults = _newest_intact(tags, folder, world)
     if intact is None:
         raise CheckpointError(
             f"{given} is no intact checkpoint ({'; '.join(faults)}): give a folder like "

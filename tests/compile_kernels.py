@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from models import spike_ops_triton as kernels
-from models.spike_ops import RESETS
+from models.spike_ops import ACTIVATIONS, RESETS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BLOCKS = {"BLOCK_N": 8, "BLOCK_H": 128}
@@ -23,12 +23,19 @@ def main() -> None:
     fused = {}
     for dtype, compute in DTYPES.items():
         for reset, name in enumerate(RESETS):
-            form = {"T": 3, "RESET": reset, "LEAK": 0.25, "HAS_CARRY": reset > 0, **BLOCKS}
+            form = {"T": 3, "RESET": reset, "LEAK": 0.25, "HAS_CARRY": reset > 0, "ACTIVATION": None, "GATED": False}
+            form |= BLOCKS
             fused[f"encode {dtype} {name}"] = compile_for_gpu(kernels._encode, form, "x_ptr", dtype, compute)
             fused[f"backward {dtype} {name}"] = compile_for_gpu(
-                kernels._membrane_backward, form, "grad_ptr grad_x_ptr", dtype, compute
+                kernels._membrane_backward, form, "grad_ptr hidden_ptr grad_x_ptr", dtype, compute
             )
         fused[f"decode {dtype}"] = compile_for_gpu(kernels._decode, BLOCKS, "worth_ptr out_ptr", dtype, compute)
+    for activation, name in enumerate(ACTIVATIONS):
+        form |= {"ACTIVATION": activation, "GATED": activation > 0}
+        fused[f"encode {name}"] = compile_for_gpu(kernels._encode, form, "x_ptr", "bf16", "fp32")
+        fused[f"backward {name}"] = compile_for_gpu(
+            kernels._membrane_backward, form, "grad_ptr hidden_ptr grad_x_ptr", "bf16", "fp32"
+        )
     print(json.dumps(fused))
 
 

@@ -202,7 +202,8 @@ def test_kernels_compile_for_gpus_and_round_as_the_reference_does():
     )
     assert done.returncode == 0, done.stderr
     fused = json.loads(done.stdout.splitlines()[-1])
-    assert len(fused) == 14 and not any(fused.values()), fused
+    assert fused.pop("encode gelu") and fused.pop("backward gelu"), "erf is a polynomial of them"
+    assert len(fused) == 18 and not any(fused.values()), fused
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,6 @@
 """Tiny models, a batch that fits them, and processes to run them in: what several test modules need."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,8 +46,18 @@ def make_batch(row_lengths=(10, 7, 4), seed=1):
     }
 
 
-def project_by_fire(neurons, site, x, weight, bias, activation=None, recompute=False):
+def activated(hidden, name, gated):
+    """What a models.spike_linear.FusedActivation computes, by torch alone."""
+    activation = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}[name]
+    if not gated:
+        return activation(hidden)
+    gate, hidden = hidden.chunk(2, dim=-1)
+    return activation(gate) * hidden
+
+
+def project_by_fire(neurons, site, x, weight, bias, activation=None, recompute=False, before=None):
     """BlockNeurons.project in two steps, to be put in its place: what each linear layer sees passes through `fire`."""
+    x = x if before is None else activated(x, before.name, before.gated)
     product = F.linear(neurons.fire(site, x), weight, bias)
     return product if activation is None else activation(product)
 

@@ -19,6 +19,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 from models.amplitudes import STATISTICS, BlockNeurons
 from models.config import SpikeLMConfig, preset
 from models.layers import SITES, SpikeBlock
+from models.spike_ops import resolve_backend
 from models.stack import build_block
 from pipeline.tracing import LiveBytes
 from tests.bench.tables import format_table, machine, median_and_spread, ratio_and_spread, record, seconds
@@ -86,8 +87,14 @@ def build_variants(
         with mock.patch.object(BlockNeurons, "_count", lambda neurons, *_: neurons._sums.append(nothing)):
             return spike(spiking, x_TBLD)
 
+    def activation_apart() -> Tensor:
+        with mock.patch.object(BlockNeurons, "fuse_activations", lambda *_: False):
+            return spike(spiking, x_TBLD)
+
+    fuses = resolve_backend("auto", device) == "triton"
     return {
         "spiking": partial(spike, spiking, x_TBLD),
+        **({"spiking, activation in a launch of its own": activation_apart} if fuses else {}),
         "spiking, hidden recomputed": partial(spike, spiking, x_TBLD, recompute=True),
         "spiking, bf16": partial(spike, narrow, x_narrow),
         "spiking, bf16, hidden recomputed": partial(spike, narrow, x_narrow, recompute=True),

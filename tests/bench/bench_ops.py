@@ -2,7 +2,8 @@
 
     python -m tests.bench.bench_ops --rows 64 --record
 
-Bytes are those that must pass between memory and cores: every input and output once.
+Bytes are those that must pass between memory and cores: every input and output once; of an activation before the
+neuron, which Triton's kernels compute in the same launch, its input and the gradient of that.
 """
 
 import argparse
@@ -12,8 +13,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from models.spike_ops import FASTEST, code_width, decode, encode, membrane_backward, worth
+from models.spike_ops import (
+    FASTEST,
+    activated_backward,
+    code_width,
+    decode,
+    encode,
+    encode_activated,
+    membrane_backward,
+    worth,
+)
 from tests.bench.tables import format_table, machine, record, seconds
+from tests.tiny import activated
 
 CALLS = 10
 
@@ -34,6 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             variants |= {f"{name}, {backend}": run for name, run in forms.items()}
             packed = x.numel() // x.shape[-1] * code_width(x.shape[-1])
             moved |= {f"{name}, {backend}": (2 if "back" in name else 1) * x.nbytes + packed for name in forms}
+        if FASTEST.get(device.type) == "triton":
+            for activation, gated in (("gelu", False), ("silu", True)):
+                hidden = torch.randn(*shape[:-1], shape[-1] * (2 if gated else 1), device=device).to(dtype)
+                forms = with_activation(hidden, activation, gated)
+                variants |= forms
+                moved |= {
+                    name: (2 * hidden.nbytes + x.nbytes if "backward" in name else hidden.nbytes) + packed
+                    for name in forms
+                }
         taken = seconds({name: _repeated(run) for name, run in variants.items()}, options.rounds, device)
         each = {name: [value / CALLS for value in values] for name, values in taken.items()}
         speed = {name: moved[name] / statistics.median(values) for name, values in each.items()}
@@ -55,6 +75,28 @@ def primitives(x: Tensor, backend: str) -> dict[str, Callable[[], object]]:
         "encode": lambda: encode(x, alpha, None, "normalized", 0.25, backend),
         "decode": lambda: decode(code, value, x.shape[-1], backend),
         "membrane_backward": lambda: membrane_backward(x, code, alpha, None, "normalized", 0.25, backend),
+    }
+
+
+def with_activation(hidden: Tensor, activation: str, gated: bool) -> dict[str, Callable[[], object]]:
+    """Activation and neuron in one launch and apart, there and back, by Triton."""
+    x = activated(hidden.requires_grad_(), activation, gated)
+    alpha = 1.4 * x.detach().float().abs().mean(dim=(1, 2, 3))
+    code, *_ = encode(x.detach(), alpha, None, "normalized", 0.25, "triton")
+    grad, how, given = torch.randn_like(x), (activation, gated, "normalized", 0.25), hidden.detach()
+
+    def apart_backward() -> object:
+        grad_x, _ = membrane_backward(grad, code, alpha, None, "normalized", 0.25, "triton")
+        return torch.autograd.grad(x, hidden, grad_x, retain_graph=True)
+
+    name = f"gated {activation}" if gated else activation
+    return {
+        f"{name}, encode apart": lambda: encode(
+            activated(given, activation, gated), alpha, None, "normalized", 0.25, "triton"
+        ),
+        f"{name}, encode in one": lambda: encode_activated(given, alpha, None, *how),
+        f"{name}, backward apart": apart_backward,
+        f"{name}, backward in one": lambda: activated_backward(grad, given, code, alpha, None, *how),
     }
 
 

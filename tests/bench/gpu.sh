@@ -3,7 +3,7 @@
 # figures are appended to results.csv. From the project's root, in an environment that has it installed. PEAK_TFLOPS_FP32
 # and PEAK_TFLOPS_BF16, the device's, are what its maker says (unset: no MFU).
 set -euo pipefail
-python -m pytest -q tests/test_spike_ops.py
+python -m pytest -q tests/test_spike_ops.py tests/test_fused_activation.py
 python -m tests.bench.bench_ops --rows 64 --record
 for tokens in 128 512; do
     python -m tests.bench.bench_layer --rows 64 --tokens "$tokens" --record
