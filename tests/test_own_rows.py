@@ -13,7 +13,7 @@ import pytest
 from pipeline.task_data import open_task
 from pipeline.tasks import TaskSettings
 
-ROWS = [("fine, really", "good"), ('he said "no"', "bad"), ("two\nlines", "good"), ("naïve 日本 ", "bad")]
+ROWS = [("fine, really", "good"), ('he said "no"', "bad"), ("two\nlines", "good"), ("naïve\u2028日本\x85 ", "bad")]
 
 
 def write_csv(path, rows, header=("text", "label"), delimiter=","):
