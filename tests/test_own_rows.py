@@ -137,6 +137,7 @@ def test_a_folder_of_datasets(tmp_path):
 
 TABLES = [
     ("a.csv", "", "a.csv: it is empty: name another file"),
+    ("a.csv", "text,label\ra,good\rb,bad\r", "a.csv: its first line is not CSV: .*, and end lines by a line feed"),
     ("a.csv", "text,label\n", "a.csv: it holds no rows: name another file"),
     ("a.csv", "a fine day,good\na bad day,bad\n", "no column 'text', only 'a fine day', 'good': set task.text, .* the"),
     ("a.csv", "text,label,text\na,b,c\n", "a.csv: the column 'text' stands 2 times: rename all but one"),
