@@ -213,6 +213,9 @@ def test_labels_that_do_not_match(tmp_path):
     values = write_csv(tmp_path / "values.csv", [("a", "0.5"), ("b", "nan")])
     with pytest.raises(ValueError, match="values.csv, line 3: in column 'label' 'nan' is no finite number"):
         own(values, kind="regression")
+    large = write_csv(tmp_path / "large.csv", [("a", "3.4e38"), ("b", "-1e39")])
+    with pytest.raises(ValueError, match="large.csv, line 3: in column 'label' '-1e39' is no finite number of 32 bits"):
+        own(large)
 
 
 def test_a_wrong_delimiter_is_told_from_a_wrong_column(tmp_path):
