@@ -361,10 +361,12 @@ def _writable(
     return kept
 
 
-def _describe(name: str, detail: Mapping[str, Any], known: Iterable[str]) -> str:
+def _describe(name: str, detail: Mapping[str, Any], known: Mapping[str, RecipeField]) -> str:
     """One line for the pydantic error of a field."""
     value = detail["input"]
     match detail["type"]:
+        case "missing" if name not in known:
+            return f"{name}: missing: write it beside the others of {name.rpartition('.')[0]}"
         case "missing":
             return f"{name}: missing: set it in the recipe, or by --{name} VALUE"
         case "unexpected_keyword_argument":
@@ -377,13 +379,20 @@ def _describe(name: str, detail: Mapping[str, Any], known: Iterable[str]) -> str
     return f"{name}: {value!r} {message}" if message.startswith("should") else f"{name}: {value!r}: {message}"
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, known: Mapping[str, RecipeField]) -> str:
     """The field that was meant: of the same section, else of any, by the last part of its name."""
     section, _, last = name.rpartition(".")
-    parts = [other.rpartition(".") for other in known]
+    parts = [other.rpartition(".") for other in (*known, *_fields_of_item(section, known))]
     anywhere = {short: f"{place}{dot}{short}" for place, dot, short in parts}
     siblings = {short: f"{place}{dot}{short}" for place, dot, short in parts if place == section}
     for names in (siblings, anywhere):
         if close := difflib.get_close_matches(last, names, n=1):
             return f"did you mean {names[close[0]]}?"
     return f"{section or 'a recipe'} has {', '.join(siblings)}"
+
+
+def _fields_of_item(place: str, known: Mapping[str, RecipeField]) -> list[str]:
+    """The fields of an item of a list of mappings, by their names below `place`; none where no such item stands."""
+    field = known.get(place.rpartition(".")[0], UNKNOWN)
+    is_item = field.is_repeated and is_dataclass(get_args(field.type)[0])
+    return [f"{place}.{each.name}" for each in fields(get_args(field.type)[0])] if is_item else []

@@ -67,6 +67,19 @@ class SpikeStats:
         return total / self.sums[..., 1].clamp(min=1)
 
 
+def firing_sum(sums: Tensor, width: int) -> Tensor | None:
+    """The mean firing rate of all sites and timesteps, summed over the counted tokens; None where nothing spikes.
+
+    Args:
+        sums: of SpikeStats, [sites, T, 5], with the gradient that elastic neurons give their counts.
+        width: of the first site's input.
+    """
+    if not len(sums):
+        return None
+    count = sums[..., 1].detach().clamp(min=1)
+    return (sums[..., 2:4].sum(-1) / count).mean() * (count[0, 0] / width)
+
+
 class BlockNeurons:
     """The neurons of one block during one forward: fires site after site and keeps each site's statistics.
 

@@ -207,6 +207,7 @@ class SpikeLMConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [  # no predictions
         "past_key_values",
         "spike_stats",
+        "firing_sum",
         "masked_lm_loss_sum",
         "next_sentence_loss_sum",
         "causal_lm_loss_sum",

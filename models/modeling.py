@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils.generic import can_return_tuple
 
+from .amplitudes import firing_sum
 from .auto import register_auto_classes
 from .cache import SpikeCache
 from .config import FAMILIES, SpikeLMConfig
@@ -161,7 +162,8 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             pooler_output=None if self.pooler is None else torch.tanh(self.pooler(hidden_BLD[:, 0])),
             hidden_states=None if states is None else tuple(states),
             past_key_values=cache,
-            spike_stats=stats,
+            spike_stats=stats.detach(),
+            firing_sum=firing_sum(stats, self.config.hidden_size),
         )
 
     def _cache(self, given: SpikeCache | None, use_cache: bool | None) -> SpikeCache | None:
@@ -242,6 +244,7 @@ class SpikeLMForMaskedLM(SpikeLMPreTrainedModel):
             hidden_states=output.hidden_states,
             masked_lm_loss_sum=loss_sum,
             spike_stats=output.spike_stats,
+            firing_sum=output.firing_sum,
         )
 
 
@@ -284,6 +287,7 @@ class SpikeLMForPreTraining(SpikeLMForMaskedLM):
             masked_lm_loss_sum=token_loss,
             next_sentence_loss_sum=sentence_loss,
             spike_stats=output.spike_stats,
+            firing_sum=output.firing_sum,
         )
 
 
@@ -355,6 +359,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             causal_lm_loss_sum=loss_sum,
             causal_lm_count=None if targets is None else (targets != IGNORED_LABEL).sum(),
             spike_stats=output.spike_stats,
+            firing_sum=output.firing_sum,
         )
 
     def _prepare_cache_for_generation(
@@ -403,7 +408,11 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits.float(), config=self.config)
         return SpikeLMSequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, spike_stats=output.spike_stats
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            spike_stats=output.spike_stats,
+            firing_sum=output.firing_sum,
         )
 
 

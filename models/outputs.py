@@ -25,10 +25,12 @@ class SpikeLMModelOutput(BaseModelOutputWithPooling):
     last one is last_hidden_state.
     past_key_values: what later tokens need of these and of those before, where asked for.
     spike_stats: sums of SpikeStats over the neurons, [S, T, 5], on this forward's tokens alone.
+    firing_sum: the mean firing rate of all sites and timesteps, summed over those tokens, with a gradient.
     """
 
     past_key_values: SpikeCache | None = None
     spike_stats: Tensor | None = None
+    firing_sum: Tensor | None = None
 
 
 @dataclass
@@ -39,13 +41,14 @@ class SpikeLMPreTrainingOutput(MaskedLMOutput):
     logits: [N, V] where labels were given, else [B, L, V]. next_sentence_logits: [B, 2].
     masked_lm_loss_sum, next_sentence_loss_sum: sums over counted targets in nats, to be divided by a count that may
     span more than this batch.
-    hidden_states, spike_stats: as in SpikeLMModelOutput.
+    hidden_states, spike_stats, firing_sum: as in SpikeLMModelOutput.
     """
 
     next_sentence_logits: Tensor | None = None
     masked_lm_loss_sum: Tensor | None = None
     next_sentence_loss_sum: Tensor | None = None
     spike_stats: Tensor | None = None
+    firing_sum: Tensor | None = None
 
 
 @dataclass
@@ -55,16 +58,18 @@ class SpikeLMCausalLMOutput(CausalLMOutputWithPast):
     loss: mean over this batch's counted targets. logits: [N, V] of the positions before the counted targets where
     labels were given, else [B, L, V], or of those positions that logits_to_keep names.
     causal_lm_loss_sum: the sum over counted targets in nats; causal_lm_count: how many those are.
-    past_key_values, hidden_states, spike_stats: as in SpikeLMModelOutput.
+    past_key_values, hidden_states, spike_stats, firing_sum: as in SpikeLMModelOutput.
     """
 
     causal_lm_loss_sum: Tensor | None = None
     causal_lm_count: Tensor | None = None
     spike_stats: Tensor | None = None
+    firing_sum: Tensor | None = None
 
 
 @dataclass
 class SpikeLMSequenceClassifierOutput(SequenceClassifierOutput):
-    """loss (a mean), logits [B, num_labels]; hidden_states and spike_stats as in SpikeLMModelOutput."""
+    """loss (a mean), logits [B, num_labels]; hidden_states, spike_stats and firing_sum as in SpikeLMModelOutput."""
 
     spike_stats: Tensor | None = None
+    firing_sum: Tensor | None = None

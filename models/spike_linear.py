@@ -35,6 +35,7 @@ def spike(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Spikes times amplitude in x's dtype [T, B, L, D]; their codes, spike_ops.MEASURED [4, T, B, L], and the carry.
 
+    Of what is measured the counts of spikes, positive and negative, have a gradient: straight-through, as the spikes'.
     Raises RuntimeError, in the backward, where a second derivative is asked for.
     """
     return _Spike.apply(x_TBLD, alpha_T, carry_BLD, firing)
@@ -50,7 +51,7 @@ def spike_linear(
     activation: Activation | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """activation(spikes W^T + b) [T, B, L, F], spike_ops.MEASURED [4, T, B, L], and the carry.
+    """activation(spikes W^T + b) [T, B, L, F], spike_ops.MEASURED [4, T, B, L] as `spike` gives it, and the carry.
 
     What the activation gets is kept for the backward in the dtype of the product, or (`recompute`) made again from the
     codes by one more product. Under autocast the product has autocast's dtype, the neuron at least fp32.
@@ -100,16 +101,16 @@ class _Spike(Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         code, measured, carry = _encode(ctx, x_TBLD, alpha_T, carry_BLD, firing)
         ctx.save_for_backward(code, alpha_T)
-        ctx.mark_non_differentiable(code, measured)
+        ctx.mark_non_differentiable(code)
         return _decode(ctx, code, alpha_T, x_TBLD.dtype), code, measured, carry
 
     @staticmethod
     def backward(
-        ctx: FunctionCtx, grad: Tensor | None, _code: None, _measured: None, grad_carry: Tensor | None
+        ctx: FunctionCtx, grad: Tensor | None, _code: None, grad_measured: Tensor | None, grad_carry: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         code, alpha_T = ctx.saved_tensors
-        grad_x, grad_carry_in = _through_membrane(ctx, code, alpha_T, grad, grad_carry)
+        grad_x, grad_carry_in = _through_membrane(ctx, code, alpha_T, grad, grad_measured, grad_carry)
         return grad_x, None, grad_carry_in, None
 
 
@@ -133,12 +134,11 @@ class _SpikeLinear(Function):
         hidden = None if activation is None or recompute else product
         # Kept is the Parameter itself, so that an engine that has partitioned it meanwhile can gather it.
         ctx.save_for_backward(code, alpha_T, weight_ED, bias_E if ctx.recomputes else None, hidden)
-        ctx.mark_non_differentiable(measured)
         return product if activation is None else activation(product), measured, carry
 
     @staticmethod
     def backward(
-        ctx: FunctionCtx, grad: Tensor | None, _measured: None, grad_carry: Tensor | None
+        ctx: FunctionCtx, grad: Tensor | None, grad_measured: Tensor | None, grad_carry: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         code, alpha_T, weight, bias, hidden = ctx.saved_tensors
@@ -157,7 +157,7 @@ class _SpikeLinear(Function):
             if ctx.needs_input_grad[2]:
                 grad_bias = grad_2d.sum(0)
             grad = grad @ weight.to(grad.dtype)
-        grad_x, grad_carry_in = _through_membrane(ctx, code, alpha_T, grad, grad_carry)
+        grad_x, grad_carry_in = _through_membrane(ctx, code, alpha_T, grad, grad_measured, grad_carry)
         return grad_x, grad_weight, grad_bias, None, grad_carry_in, None, None, None
 
 
@@ -176,16 +176,30 @@ def _decode(ctx: FunctionCtx, code: Tensor, alpha_T: Tensor, dtype: torch.dtype)
 
 
 def _through_membrane(
-    ctx: FunctionCtx, code: Tensor, alpha_T: Tensor, grad: Tensor | None, grad_carry: Tensor | None
+    ctx: FunctionCtx,
+    code: Tensor,
+    alpha_T: Tensor,
+    grad: Tensor | None,
+    grad_measured: Tensor | None,
+    grad_carry: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the neuron's input and of the carry that it got (None where it got none)."""
     if grad is None:
         grad = torch.zeros(*code.shape[:-1], ctx.width, dtype=ctx.input_dtype, device=code.device)
+    if grad_measured is not None:
+        grad = grad + _through_counts(ctx, code, alpha_T, grad_measured)
     firing = ctx.firing
     grad_x, grad_carry_in = membrane_backward(
         grad.to(ctx.input_dtype), code, alpha_T, grad_carry, firing.reset, firing.leak, firing.backend
     )
     return grad_x, grad_carry_in if ctx.had_carry else None
+
+
+def _through_counts(ctx: FunctionCtx, code: Tensor, alpha_T: Tensor, grad_measured: Tensor) -> Tensor:
+    """What the counts of spikes ask of their output o: a spike counts |s| = |o / alpha|, of slope sign(s) / alpha."""
+    _, positive, negative, _ = grad_measured[..., None].float()
+    signs = _decode(ctx, code, torch.ones_like(alpha_T), torch.float32)
+    return torch.where(signs > 0, positive, negative) * signs / worth(alpha_T, torch.float32).view(-1, 1, 1, 1)
 
 
 def _product(ctx: FunctionCtx, code: Tensor, alpha_T: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

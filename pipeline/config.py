@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,23 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class PhaseSettings:
+    """Steps on samples and batches of other sizes, before those of the recipe itself (pipeline.phases)."""
+
+    steps: PositiveInt
+    """Optimizer steps of the phase."""
+
+    sample_length: PositiveInt
+    """Tokens of its samples: a divisor of the rows' length."""
+
+    global_batch_size: PositiveInt | None = None
+    """Samples of one optimizer step, over all processes; null: training.global_batch_size."""
+
+    micro_batch_size: PositiveInt | None = None
+    """Samples of one forward in one process; null: training.micro_batch_size."""
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Which rows, in which order."""
 
@@ -55,6 +73,12 @@ class DataSettings:
 
     sample_length: PositiveInt | None = None
     """Tokens of a sample: causal rows are split into parts of this length when they are read; null: whole rows."""
+
+    phases: tuple[PhaseSettings, ...] = ()
+    """Phases of training on samples of other lengths, causal ones, before that on samples of sample_length, which goes
+    on to training.total_steps: of each {steps: N, sample_length: N}, and global_batch_size and micro_batch_size where
+    they are not those of training. Each goes through the rows in an order and epochs of its own; evaluation is at
+    sample_length always."""
 
     verify: bool = True
     """Read all shards once before training, each process its part, and compare their checksums; false: sizes only."""
@@ -185,6 +209,10 @@ class TrainingSettings:
     micro_batch_size: PositiveInt
     """Rows of one forward in one process; the rest of its share is accumulated."""
 
+    firing_penalty: NonNegativeFloat = 0.0
+    """Nats a token that a firing rate of 1 would add to what is minimised, in proportion to the mean rate of all sites
+    of elastic neurons: the larger, the fewer spikes; 0: none."""
+
     stop_after_step: PositiveInt | None = None
     """Stop early, with a checkpoint, after this step, to be resumed later; null: do not."""
 
@@ -242,6 +270,18 @@ OBJECTIVE_RULE = Rule(
 )
 
 
+def _pair_phase_faults(name: str, overrides: dict[str, Any], phases: Sequence[object]) -> Iterator[str]:
+    if phases and not is_decoder(ModelSettings(name, overrides)):
+        yield (
+            f"data.phases: {name} learns from sentence pairs, which cannot be split: leave it out, and train two runs "
+            "on shards of either length, the second with model.warm_start on the export of the first (python -m "
+            "pipeline.export) and model.overrides.max_position_embeddings as long as its rows"
+        )
+
+
+PAIR_PHASE_RULE = Rule(("model.preset", "model.overrides", "data.phases"), _pair_phase_faults)
+
+
 def is_decoder(settings: ModelSettings) -> bool:
     """Whether the model predicts next tokens; False where its family is not known."""
     settled = {"family": SpikeLMConfig.family, **PRESETS.get(settings.preset, {}), **settings.overrides}
@@ -295,6 +335,7 @@ MAY_CHANGE = (
     "data.order",  # runs and windows are known as the numbers that they come to
     "data.shuffle_run",
     "data.shuffle_window",
+    "data.phases.*.micro_batch_size",
     "data.verify",
     "data.num_workers",
     "engine.ds_config",
@@ -310,7 +351,7 @@ MAY_CHANGE = (
     "checkpoint",
     "logging",
 )
-"""Fields that may differ between a run and its resumption. All others decide what is trained."""
+"""Fields that may differ between a run and its resumption, * for any number. All others decide what is trained."""
 
 
 def load_run_config(argv: Sequence[str]) -> RunConfig:
@@ -318,13 +359,15 @@ def load_run_config(argv: Sequence[str]) -> RunConfig:
 
     Raises ConfigError with all faults together.
     """
-    return load_settings(RunConfig, argv, "deepspeed pipeline/pretrain.py", (*RULES, OBJECTIVE_RULE))
+    return load_settings(RunConfig, argv, "deepspeed pipeline/pretrain.py", (*RULES, OBJECTIVE_RULE, PAIR_PHASE_RULE))
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """One line for each field that decides what is trained and has changed; empty where `new` may resume `old`."""
     changes = _changes(settings_to_dict(old), settings_to_dict(new))
-    return [line for name, line in changes.items() if not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)]
+    return [
+        line for name, line in changes.items() if not any(fnmatchcase(f"{name}.", f"{free}.*") for free in MAY_CHANGE)
+    ]
 
 
 def mixture_differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -332,15 +375,18 @@ def mixture_differences(old: RunConfig, new: RunConfig) -> list[str]:
     return list(_changes({"data.mixture": old.data.mixture}, {"data.mixture": new.data.mixture}).values())
 
 
-def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches that each of `world_size` processes runs in one step; ValueError where that is no whole number."""
+def accumulation_steps(config: RunConfig, world_size: int, section: str = "training") -> int:
+    """Micro-batches that each of `world_size` processes runs in one step; ValueError where that is no whole number.
+
+    `section` is where the user's recipe says the two sizes.
+    """
     training = config.training
     at_once = training.micro_batch_size * world_size
     steps, rest = divmod(training.global_batch_size, at_once)
     if rest:
         nearest = f"{steps * at_once} or {(steps + 1) * at_once}" if steps else f"{at_once}"
         raise ValueError(
-            f"training.global_batch_size {training.global_batch_size} is not divisible by training.micro_batch_size "
+            f"{section}.global_batch_size {training.global_batch_size} is not divisible by {section}.micro_batch_size "
             f"{training.micro_batch_size} x {world_size} processes = {at_once}: use a global batch of {nearest}, "
             "another micro-batch, or another number of processes"
         )
@@ -390,8 +436,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of a nested mapping."""
+    """Dotted names and values of a nested mapping; mappings in a list have their numbers for names."""
     for key, value in tree.items():
+        if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}  # noqa: PLW2901 (one name for both)
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:

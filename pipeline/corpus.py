@@ -25,6 +25,7 @@ from pipeline.mixing import Choice, mix
 from pipeline.mixture import PERIOD, MixtureState, shares_of
 from pipeline.objectives import Objective, build_objective
 from pipeline.order import OrderState, run_and_window
+from pipeline.phases import Phase, phases_of
 from pipeline.places import is_on_network
 from pipeline.shard_cache import ShardCache, ShardFolder, open_folder
 from pipeline.stopping import POLL_SECONDS, StopRequest, die_with_parent
@@ -32,29 +33,54 @@ from pipeline.world import LAUNCHER_VARIABLES, World
 
 
 @dataclass(frozen=True)
+class PhaseRows:
+    """What a phase trains on: its samples, and their order from its first one on."""
+
+    phase: Phase
+    train: RowReader
+    order: OrderState | MixtureState
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """What `open_corpus` found, bound to one rank of one run."""
+    """What `open_corpus` found, bound to one rank of one run; `heldout` has the last phase's length."""
 
     config: RunConfig
     world: World
     tokenizer: PreTrainedTokenizerBase
-    train: RowReader
+    phases: tuple[PhaseRows, ...]
     heldout: RowReader
     objective: Objective
-    order: OrderState | MixtureState
+
+    @property
+    def train(self) -> RowReader:
+        """The last phase's samples."""
+        return self.phases[-1].train
+
+    @property
+    def order(self) -> OrderState | MixtureState:
+        """The last phase's order."""
+        return self.phases[-1].order
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest samples of any phase."""
+        return max(rows.train.row_length for rows in self.phases)
 
     def train_batches(self, samples_consumed: int, num_steps: int) -> Iterator[Batch]:
-        """This rank's shares of the next `num_steps` global batches after `samples_consumed` samples."""
-        loader = ElasticLoader(
-            self.train,
-            self.objective.make_batch,
-            order=replace(self.order, position=samples_consumed),
-            global_batch_size=self.config.training.global_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            num_workers=self.config.data.num_workers,
-        )
-        return loader.batches(num_steps)
+        """This rank's shares of the next `num_steps` global batches after `samples_consumed` samples, over all phases.
+
+        A phase that follows begins with a batch of its own; the last one has no end.
+        """
+        for rows, following in zip(self.phases, (*self.phases[1:], None), strict=True):
+            position, steps = samples_consumed - rows.phase.first_sample, num_steps
+            if following is not None:
+                left = following.phase.first_sample - samples_consumed
+                steps = max(0, min(num_steps, left // rows.phase.global_batch_size))
+            if steps:
+                yield from self._loader(rows, position).batches(steps)
+            samples_consumed += steps * rows.phase.global_batch_size
+            num_steps -= steps
 
     def heldout_batches(self) -> Iterator[Batch]:
         """One pass over the held-out rows."""
@@ -68,12 +94,8 @@ class Corpus:
 
     def check(self) -> None:
         """Raises ValueError where the rows do not make a global batch for these ranks, or none is held out."""
-        accumulation_steps(self.config, self.world.size)
-        try:
-            self.train_batches(0, 0)
-            self.heldout_batches()
-        except ValueError as error:
-            raise ValueError(f"{self.config.data.named}: {error}") from error
+        if faults := list(self._faults()):
+            raise ValueError("; ".join(faults))
 
     def identity(self) -> dict[str, Any]:
         """What decides which samples come when, and what is evaluated; kept in every checkpoint."""
@@ -82,6 +104,34 @@ class Corpus:
             "heldout_fingerprint": self.heldout.fingerprint,
             "sample_length": self.train.row_length,
         }
+
+    def _faults(self) -> Iterator[str]:
+        for rows in self.phases:
+            phase = rows.phase
+            try:
+                accumulation_steps(phase.config, self.world.size, phase.section)
+            except ValueError as error:
+                yield str(error)
+                continue
+            try:
+                self._loader(rows)
+            except ValueError as error:
+                yield f"{self.config.data.named} for {phase.section}: {error}"
+        try:
+            self.heldout_batches()
+        except ValueError as error:
+            yield f"{self.config.data.named}: {error}"
+
+    def _loader(self, rows: PhaseRows, position: int = 0) -> ElasticLoader:
+        return ElasticLoader(
+            rows.train,
+            self.objective.make_batch,
+            order=replace(rows.order, position=position),
+            global_batch_size=rows.phase.global_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_workers=self.config.data.num_workers,
+        )
 
 
 def build_missing_shards(settings: DataSettings, stop: StopRequest) -> None:
@@ -138,20 +188,25 @@ def open_corpus(config: RunConfig, world: World) -> Corpus:
     opened = {folder.name: open_tokenizer(folder.root) for folder in folders}
     manifests = {folder: manifest for folder, (manifest, _) in opened.items()}
     tokenizer = next(tokenizer for _, tokenizer in opened.values())
-    _refuse_other_rows(config, manifests)
+    phases = phases_of(config)
+    _refuse_other_rows(config, phases, manifests)
     objective = build_objective(config, tokenizer)
-    _refuse_little_text(config, manifests)
+    _refuse_little_text(config, phases, manifests)
     readers = {folder.name: [folder.reader(split) for split in SPLITS] for folder in folders}
     if config.data.verify:
         _verify([reader for pair in readers.values() for reader in pair], world)
     # One process says where they lie: the machine that exports a folder sees it as its own disk.
     places = world.on_main(lambda: [_place(folder) for folder in folders])
-    sources = [
-        Source(name, weight, place, manifests[name], *(_samples(reader, config.data) for reader in readers[name]))
-        for (name, weight), place in zip(config.data.weights.items(), places, strict=True)
-    ]
-    train, heldout, order = _join(sources, config)
-    corpus = Corpus(config, world, tokenizer, train, heldout, objective, order)
+    rows = []
+    for phase in phases:
+        data = phase.config.data
+        sources = [
+            Source(name, weight, place, manifests[name], *(_samples(reader, data) for reader in readers[name]))
+            for (name, weight), place in zip(data.weights.items(), places, strict=True)
+        ]
+        train, heldout, order = _join(sources, phase.config)
+        rows.append(PhaseRows(phase, train, order))
+    corpus = Corpus(config, world, tokenizer, tuple(rows), heldout, objective)
     corpus.check()
     return corpus
 
@@ -205,10 +260,10 @@ def _place(folder: ShardFolder) -> str:
     return "nfs" if is_on_network(folder.root) else "disk"
 
 
-def _refuse_other_rows(config: RunConfig, manifests: Mapping[str, Manifest]) -> None:
+def _refuse_other_rows(config: RunConfig, phases: Sequence[Phase], manifests: Mapping[str, Manifest]) -> None:
     first_folder, first = next(iter(manifests.items()))
     for folder, manifest in manifests.items():
-        _refuse_rows_of(folder, manifest, config)
+        _refuse_rows_of(folder, manifest, config, phases)
         if manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise ValueError(
                 f"data.mixture: {folder} was made with another tokenizer than {first_folder}: build both with the same"
@@ -220,27 +275,34 @@ def _refuse_other_rows(config: RunConfig, manifests: Mapping[str, Manifest]) -> 
             )
 
 
-def _refuse_rows_of(folder: str, manifest: Manifest, config: RunConfig) -> None:
-    length = config.data.sample_length
+def _refuse_rows_of(folder: str, manifest: Manifest, config: RunConfig, phases: Sequence[Phase]) -> None:
+    sections = [*(phase.section for phase in phases[:-1]), "data"]
+    lengths = {
+        f"{section}.sample_length": length
+        for section, phase in zip(sections, phases, strict=True)
+        if (length := phase.config.data.sample_length) is not None
+    }
     needed = "causal" if is_decoder(config.model) else "pairs"
     if manifest.layout != needed:
         raise ValueError(
             f"data.shards {folder} has rows in the layout {manifest.layout}, but {config.model.preset} learns from "
             f"{needed}: build them by data_prep.build_shards --layout {needed}, or name another model.preset"
         )
-    if length is not None and manifest.layout != "causal":
-        raise ValueError(f"data.sample_length {length}: only causal rows can be split, pairs cannot: leave it out")
-    if length is not None and manifest.row_length % length:
+    if lengths and manifest.layout != "causal":
+        named = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"{named}: only causal rows can be split, pairs cannot: leave it out")
+    uneven = [f"{name} {length}" for name, length in lengths.items() if manifest.row_length % length]
+    if uneven:
         raise ValueError(
-            f"data.sample_length {length} does not divide the rows of {manifest.row_length} tokens in {folder}: "
-            "use a divisor, or leave it out"
+            f"{' and '.join(uneven)} {'do' if len(uneven) > 1 else 'does'} not divide the rows of "
+            f"{manifest.row_length} tokens in {folder}: use a divisor, or leave it out"
         )
 
 
-def _refuse_little_text(config: RunConfig, manifests: Mapping[str, Manifest]) -> None:
+def _refuse_little_text(config: RunConfig, phases: Sequence[Phase], manifests: Mapping[str, Manifest]) -> None:
     """ValueError where so little text fills causal rows that whole batches would be padding."""
     row_length = next(iter(manifests.values())).row_length
-    needed = config.training.global_batch_size * (config.data.sample_length or row_length)
+    needed = max(phase.global_batch_size * (phase.config.data.sample_length or row_length) for phase in phases)
     tokens = sum(manifest.counts["train"].row_tokens for manifest in manifests.values())
     if is_decoder(config.model) and tokens < needed:
         raise ValueError(

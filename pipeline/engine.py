@@ -149,6 +149,13 @@ def build_engine(model: nn.Module, config: RunConfig, world: World, run_dir: Pat
     return engine
 
 
+def set_batch_sizes(engine: DeepSpeedEngine, config: RunConfig) -> None:
+    """Between two steps: from the next one on batches have the sizes of `config`, whatever the engine was built for."""
+    engine.set_train_micro_batch_size(config.training.micro_batch_size)
+    engine.set_train_batch_size(config.training.global_batch_size)  # with the former it gives the accumulation
+    engine.micro_steps = 0  # by this count it knows a step's last micro-batch
+
+
 def build_optimizer(model: nn.Module, config: RunConfig) -> AdamW | DeepSpeedCPUAdam:
     """AdamW as the recipe has it: torch's, or where its state rests in the CPU's memory DeepSpeed's, which works there.
 

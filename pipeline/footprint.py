@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from models.modeling import (
     SpikeLMPreTrainedModel,
 )
 from pipeline.config import RunConfig, accumulation_steps, build_ds_config, is_decoder
+from pipeline.phases import phases_of
 from pipeline.tracing import DeviceKind, PassBytes, trace_pass
 
 MASTER, MOMENTS = 4, 8
@@ -44,7 +45,7 @@ TRACED_LAYERS = 3
 
 @dataclass(frozen=True)
 class Data:
-    """What of the shards decides a model's size and its batches."""
+    """What of the shards decides a model's size and its batches; of several phases the last one's samples."""
 
     vocab_size: int
     sample_length: int
@@ -101,6 +102,10 @@ class Work:
     def total(self) -> float:
         return self.layers + self.recomputed + self.attention + self.head
 
+    def repeated(self, steps: int) -> Work:
+        """That of so many steps."""
+        return Work(*(steps * part for part in astuple(self)))
+
 
 def empty_model(config: RunConfig, vocab_size: int) -> SpikeLMPreTrainedModel:
     """The recipe's model on the meta device: shapes without memory."""
@@ -152,6 +157,43 @@ def step_work(config: RunConfig, data: Data) -> Work:
     if config.engine.recompute_hidden:
         recomputed += 2 * passes * sum(layer.mlp.up.weight.numel() for layer in stack.layers)
     return Work(3 * products, recomputed, 3 * scores, 6 * counted * weights)
+
+
+def phases_as_runs(config: RunConfig, data: Data) -> list[tuple[RunConfig, Data]]:
+    """Every phase of a run as a recipe and the data of its own, which the other functions here take."""
+    *earlier, last = [phase.config for phase in phases_of(config)]
+    return [*((each, replace(data, sample_length=each.data.sample_length)) for each in earlier), (last, data)]
+
+
+def run_work(config: RunConfig, data: Data) -> Work:
+    """The operations of all steps of all phases."""
+    of_phases = [step_work(*run).repeated(run[0].training.total_steps) for run in phases_as_runs(config, data)]
+    return Work(*map(sum, zip(*map(astuple, of_phases), strict=True)))
+
+
+Traces = dict[tuple[int, int, str, bool], PassBytes]
+"""What passes of one model were found to hold, by micro-batch, sample length and what is run again."""
+
+
+def largest_phase(
+    config: RunConfig, data: Data, cluster: Cluster, traces: Traces | None = None
+) -> tuple[Footprint, RunConfig, Data]:
+    """What the phase needs whose peak is the highest, its recipe and its data; `traces` are used, and added to.
+
+    Raises ValueError where the devices do not divide a global batch.
+    """
+    traces = {} if traces is None else traces
+
+    def need(own: RunConfig, samples: Data) -> Footprint:
+        engine = own.engine
+        rows = own.training.micro_batch_size
+        key = (rows, samples.sample_length, engine.checkpointing, engine.recompute_hidden)
+        if key not in traces:
+            traces[key] = pass_bytes(own, samples, cluster.kind)
+        return footprint(own, samples, cluster, traces[key])
+
+    needs = [(need(*run), *run) for run in phases_as_runs(config, data)]
+    return max(needs, key=lambda phase: phase[0].peak)
 
 
 def recomputed_forwards(config: RunConfig, num_timesteps: int) -> float:

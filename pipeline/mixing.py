@@ -26,6 +26,7 @@ class Choice(IntEnum):
     DROPOUT = 7
     MIXTURE_PLACE = 8
     SOURCE_ORDER = 9
+    PHASE_ORDER = 10
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:

@@ -193,9 +193,9 @@ def _refuse_misfit(config: SpikeLMConfig, corpus: Corpus) -> None:
             f"model.overrides.vocab_size is {config.vocab_size}, the tokenizer has {vocabulary_size(corpus.tokenizer)} "
             "ids: leave it out, or make it as large"
         )
-    if config.max_position_embeddings < corpus.train.row_length:
+    if config.max_position_embeddings < corpus.longest_sample:
         faults.append(
-            f"the samples have {corpus.train.row_length} tokens, the model {config.max_position_embeddings} positions: "
+            f"the samples have {corpus.longest_sample} tokens, the model {config.max_position_embeddings} positions: "
             "raise model.overrides.max_position_embeddings, or build shorter rows (causal ones: set data.sample_length)"
         )
     if faults:

@@ -10,8 +10,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from data_prep.manifest import MANIFEST_NAME, Manifest
 from data_prep.recipes import run_command
@@ -21,14 +22,15 @@ from pipeline.footprint import (
     Cluster,
     Data,
     Footprint,
+    Traces,
     changed,
     count_parameters,
     empty_model,
-    footprint,
+    largest_phase,
     pass_bytes,
-    step_work,
+    phases_as_runs,
+    run_work,
 )
-from pipeline.tracing import PassBytes
 
 GIB = 2**30
 DAY = 24 * 60 * 60
@@ -89,9 +91,9 @@ class Change:
 
 
 def find_data(config: RunConfig, vocab_size: int | None, sample_length: int | None) -> Data:
-    """Vocabulary and sample length: those given, else the recipe's, else those of its shards.
+    """Vocabulary and (the last phase's) sample length: those given, else the recipe's, else those of its shards.
 
-    Raises ValueError where nothing tells them, and where the model has too few positions.
+    Raises ValueError where nothing tells them, and where the model has too few positions for any phase.
     """
     roots = [folder.root for folder in open_folders(config.data)]
     manifest = next((Manifest.load(root) for root in roots if (root / MANIFEST_NAME).exists()), None)
@@ -104,15 +106,16 @@ def find_data(config: RunConfig, vocab_size: int | None, sample_length: int | No
             f"vocabulary and samples are: give {options}, or build the shards"
         )
     positions = empty_model(config, ids).config.max_position_embeddings
-    if positions < length:
+    longest = max([length, *(phase.sample_length for phase in config.data.phases)])
+    if positions < longest:
         raise ValueError(
-            f"samples of {length} tokens, but the model has {positions} positions: raise "
+            f"samples of {longest} tokens, but the model has {positions} positions: raise "
             "model.overrides.max_position_embeddings, or use shorter samples"
         )
     return Data(ids, length)
 
 
-def placements(config: RunConfig) -> Iterator[list[Change]]:
+def placements(config: RunConfig, data: Data) -> Iterator[list[Change]]:
     """Ways to need less memory, the cheaper first: by where DeepSpeed puts what it holds, and in each, the last least.
 
     Within a placement smaller micro-batches cost more than a second or third forward, which come with each of them.
@@ -125,15 +128,32 @@ def placements(config: RunConfig) -> Iterator[list[Change]]:
         if zero_stage(changed(config, "engine", ds_config=path)) >= stage and path != config.engine.ds_config:
             placed.append(unchanged.by("engine", "ds_config", path, cost))
     for change in placed:
-        yield [leaner for smaller in _micro_batches(change) for leaner in _modes(smaller)]
+        yield [leaner for smaller in _micro_batches(change, data) for leaner in _modes(smaller)]
 
 
-def _micro_batches(change: Change) -> Iterator[Change]:
+def _micro_batches(change: Change, data: Data) -> Iterator[Change]:
+    """Each halves the micro-batch that has the most tokens of those of all phases."""
     yield change
-    size = change.config.training.micro_batch_size
-    while size > 1:
-        size = size // 2 if size % 2 == 0 else 1
-        yield change.by("training", "micro_batch_size", size, "more and smaller micro-batches")
+    runs = phases_as_runs(change.config, data)
+    sizes, lengths = [run.training.micro_batch_size for run, _ in runs], [samples.sample_length for _, samples in runs]
+    while max(sizes) > 1:
+        most = max(range(len(sizes)), key=lambda i: sizes[i] * lengths[i] if sizes[i] > 1 else 0)
+        sizes[most] = sizes[most] // 2 if sizes[most] % 2 == 0 else 1
+        yield _with_micro_batches(change, sizes)
+
+
+def _with_micro_batches(change: Change, sizes: Sequence[int]) -> Change:
+    """Micro-batches of these sizes in the phases: an option for the last one, and one for each before it."""
+    *others, last = sizes
+    earlier = change.config.data.phases
+    phases = tuple(replace(phase, micro_batch_size=size) for phase, size in zip(earlier, others, strict=True))
+    config = changed(changed(change.config, "training", micro_batch_size=last), "data", phases=phases)
+    options = [f"--data.phases {quote(json.dumps(asdict(phase)))}" for phase in phases]
+    return Change(
+        config,
+        (*change.options, f"--training.micro_batch_size {last}", *options),
+        (*change.costs, "more and smaller micro-batches"),
+    )
 
 
 def _modes(change: Change) -> Iterator[Change]:
@@ -149,16 +169,12 @@ def _modes(change: Change) -> Iterator[Change]:
 
 def cheapest_fit(config: RunConfig, data: Data, cluster: Cluster) -> tuple[Change, Footprint] | None:
     """The first of all changes with which the run fits, and what it then needs; None where none helps."""
-    traced: dict[tuple[int, str, bool], PassBytes] = {}
+    traces: Traces = {}
 
     def need(change: Change) -> Footprint:
-        engine = change.config.engine
-        key = (change.config.training.micro_batch_size, engine.checkpointing, engine.recompute_hidden)
-        if key not in traced:
-            traced[key] = pass_bytes(change.config, data, cluster.kind)
-        return footprint(change.config, data, cluster, traced[key])
+        return largest_phase(change.config, data, cluster, traces)[0]
 
-    for candidates in placements(config):
+    for candidates in placements(config, data):
         if need(candidates[-1]).peak > cluster.memory:
             continue  # and so do all others of this placement
         return next((change, needed) for change in candidates if (needed := need(change)).peak <= cluster.memory)
@@ -170,15 +186,16 @@ def more_devices(config: RunConfig, data: Data, cluster: Cluster) -> tuple[int, 
 
     None where no number that divides the global batch does.
     """
-    leanest = [each[-1] for each in placements(config) if not offloads_optimizer(each[-1].config)]
+    leanest = [each[-1] for each in placements(config, data) if not offloads_optimizer(each[-1].config)]
     if not leanest:
         return None
     change = leanest[-1]
-    traced = pass_bytes(change.config, data, cluster.kind)
+    traces: Traces = {}
+    sizes = [run.training.global_batch_size for run, _ in phases_as_runs(config, data)]
     nodes = cluster.nodes * 2
-    while change.config.training.global_batch_size % (nodes * cluster.devices) == 0:
+    while all(size % (nodes * cluster.devices) == 0 for size in sizes):
         more = replace(cluster, nodes=nodes)
-        peak = footprint(change.config, data, more, traced).peak
+        peak = largest_phase(change.config, data, more, traces)[0].peak
         if peak <= cluster.memory:
             return more.size, _gib(peak), change.options
         nodes *= 2
@@ -226,23 +243,33 @@ def _run(options: argparse.Namespace, recipe: Sequence[str]) -> None:
 
 def describe(config: RunConfig, data: Data, cluster: Cluster, flops_per_second: float) -> Iterator[str]:
     """Paragraphs: the run, its memory, the verdict, activations by checkpointing and T, operations and days."""
-    needed = footprint(config, data, cluster)
+    needed, largest, samples = largest_phase(config, data, cluster)
     yield _describe_run(config, data, cluster)
+    if config.data.phases:
+        yield f"Memory is that of the phase which needs the most, on samples of {samples.sample_length} tokens."
     yield _describe_memory(needed, cluster)
     yield _describe_verdict(config, data, cluster, needed)
-    yield _describe_activations(config, data, cluster)
+    yield _describe_activations(largest, samples, cluster)
     yield _describe_work(config, data, cluster, flops_per_second)
 
 
 def _describe_run(config: RunConfig, data: Data, cluster: Cluster) -> str:
-    model, training = empty_model(config, data.vocab_size), config.training
+    model = empty_model(config, data.vocab_size)
     shape = model.config
     devices = f"{cluster.nodes} x {cluster.devices} devices" if cluster.nodes > 1 else f"{cluster.devices} device(s)"
+    batches = []
+    for run, samples in phases_as_runs(config, data):
+        training = run.training
+        steps = f"{training.total_steps:,} steps: " if config.data.phases else ""
+        batches.append(
+            f"{steps}{training.global_batch_size} rows of {samples.sample_length} tokens a step, "
+            f"{training.micro_batch_size} at once"
+        )
+    joined = ",\n".join(batches)
     return (
         f"{config.name}: {config.model.preset}, {_count(count_parameters(model))} parameters "
         f"({shape.num_hidden_layers} layer(s), D={shape.hidden_size}, V={data.vocab_size}), T={shape.num_timesteps}\n"
-        f"{training.global_batch_size} rows of {data.sample_length} tokens a step, {training.micro_batch_size} at once "
-        f"on each of {devices}; {config.engine.precision}, {config.engine.ds_config}, "
+        f"{joined} on each of {devices}; {config.engine.precision}, {config.engine.ds_config}, "
         f"checkpointing {config.engine.checkpointing}"
     )
 
@@ -305,9 +332,10 @@ def _describe_activations(config: RunConfig, data: Data, cluster: Cluster) -> st
 
 
 def _describe_work(config: RunConfig, data: Data, cluster: Cluster, flops_per_second: float) -> str:
-    work, steps = step_work(config, data), config.training.total_steps
-    tokens = steps * config.training.global_batch_size * data.sample_length
-    days = work.total * steps / (cluster.size * flops_per_second) / DAY
+    work, steps, tokens = run_work(config, data), config.training.total_steps, 0
+    for run, samples in phases_as_runs(config, data):
+        tokens += run.training.total_steps * run.training.global_batch_size * samples.sample_length
+    days = work.total / (cluster.size * flops_per_second) / DAY
     shares = {
         "layers": work.layers,
         "attention": work.attention,
@@ -316,7 +344,7 @@ def _describe_work(config: RunConfig, data: Data, cluster: Cluster, flops_per_se
     }
     parts = ", ".join(f"{name} {share / work.total:.0%}" for name, share in shares.items() if share)
     return (
-        f"{_count(tokens)} tokens in {steps:,} steps: {work.total * steps:.3g} operations ({parts}),\n{days:.3g} days "
+        f"{_count(tokens)} tokens in {steps:,} steps: {work.total:.3g} operations ({parts}),\n{days:.3g} days "
         f"({24 * days:.3g} hours) at {flops_per_second / 1e12:.3g} TFLOP/s on each of {cluster.size} device(s)"
     )
 

@@ -1,8 +1,9 @@
 """Tells how a pretraining run went: python -m pipeline.report RUN_DIR [--compare TWIN_DIR]
 
-Reads RUN_DIR/metrics.jsonl, prints a short table and draws RUN_DIR/plots/curves.png. The held-out loss is judged by two
-lines: the unigram entropy of the same targets, which a model reaches that knows how frequent every token is and no
-context, and the last held-out loss of a twin with no layers that was trained alike.
+Reads RUN_DIR/metrics.jsonl, prints a short table and draws RUN_DIR/plots/curves.png, with a dotted line where a phase
+on samples of another length ends. The held-out loss is judged by two lines: the unigram entropy of the same targets,
+which a model reaches that knows how frequent every token is and no context, and the last held-out loss of a twin with
+no layers that was trained alike.
 """
 
 import argparse
@@ -11,8 +12,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from data_prep.recipes import run_command
 from pipeline.metrics import METRICS_FILE, read_metrics
@@ -32,6 +36,8 @@ class Run:
     train: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
     health: list[dict[str, Any]]
+    phases: list[tuple[int, int]]
+    """Of every phase before the last one its last step and the length of its samples."""
 
     @property
     def loss(self) -> str:
@@ -71,7 +77,17 @@ def load_run(folder: Path) -> Run:
         raise ValueError(
             f"{path} holds no held-out loss of tokens yet: wait for the run's first evaluation, or run it again"
         )
-    return Run(folder, train, heldout, [record for record in records if record["kind"] == "health"])
+    health = [record for record in records if record["kind"] == "health"]
+    return Run(folder, train, heldout, health, _earlier_phases(folder / "recipe.yaml"))
+
+
+def _earlier_phases(recipe: Path) -> list[tuple[int, int]]:
+    """As Run.phases has them; none where the run has no recipe (any more)."""
+    if not recipe.exists():
+        return []
+    phases = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"].get("phases", [])
+    ends = accumulate(phase["steps"] for phase in phases)
+    return [(end, phase["sample_length"]) for end, phase in zip(ends, phases, strict=True)]
 
 
 def _token_loss(record: dict[str, Any]) -> str | None:
@@ -93,6 +109,7 @@ def describe(run: Run, twin: Run | None, plot: Path) -> str:
     state = "finished" if run.finished else "NOT finished"
     sections = [
         [f"{run.folder}: {state}, at step {run.last_step}"],
+        [_line("phase", f"to step {end}", f"on samples of {length} tokens") for end, length in run.phases],
         _loss_lines(run, twin),
         _firing_lines(run),
         _health_lines(run),
@@ -201,6 +218,9 @@ def draw(run: Run, twin: Run | None, path: Path) -> None:
     _draw_losses(axes[0, 0], run, twin)
     if run.has_spikes:
         _draw_firing_rates(axes[1, 0], run)
+    for end in [end for end, _ in run.phases if end < run.last_step]:
+        for each in axes[:, 0]:
+            each.axvline(end, color="gray", linestyle=":", linewidth=1.2)
     axes[-1, 0].set_xlabel("optimizer step")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

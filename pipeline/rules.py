@@ -4,7 +4,7 @@ import difflib
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +193,38 @@ def _spike_faults(kind: str, recompute_hidden: bool, backend: str) -> Iterator[s
             )
 
 
+def _penalty_faults(kind: str, firing_penalty: float) -> Iterator[str]:
+    if firing_penalty and kind != "elastic":
+        yield (
+            f"training.firing_penalty: {firing_penalty} has no effect with model.neuron.kind {kind}: elastic neurons "
+            "alone have a gradient of their firing rate"
+        )
+
+
 def _batch_faults(global_batch_size: int, micro_batch_size: int) -> Iterator[str]:
     if global_batch_size % micro_batch_size:
         yield (
             f"training.global_batch_size: {global_batch_size} is not divisible by training.micro_batch_size "
             f"{micro_batch_size}: change one of them"
         )
+
+
+def _phase_faults(
+    phases: Sequence[Mapping[str, int | None]], total_steps: int, global_batch_size: int, micro_batch_size: int
+) -> Iterator[str]:
+    steps = sum(phase["steps"] for phase in phases)
+    if phases and steps >= total_steps:
+        yield (
+            f"data.phases: {steps} steps, which leave none of training.total_steps {total_steps} to the recipe's own "
+            "data.sample_length: lower their steps, or train longer"
+        )
+    for number, phase in enumerate(phases):
+        whole, part = phase.get("global_batch_size"), phase.get("micro_batch_size")
+        if (whole, part) != (None, None) and (whole or global_batch_size) % (part or micro_batch_size):
+            yield (
+                f"data.phases.{number}.global_batch_size: {whole or global_batch_size} is not divisible by its "
+                f"micro_batch_size {part or micro_batch_size}: change one of them"
+            )
 
 
 def _schedule_faults(warmup_steps: int, decay_steps: int | None, total_steps: int) -> Iterator[str]:
@@ -239,7 +265,12 @@ RULES = (
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),
+    Rule(("model.neuron.kind", "training.firing_penalty"), _penalty_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
+    Rule(
+        ("data.phases", "training.total_steps", "training.global_batch_size", "training.micro_batch_size"),
+        _phase_faults,
+    ),
     Rule(("schedule.warmup_steps", "schedule.decay_steps", "training.total_steps"), _schedule_faults),
     Rule(("training.stop_after_step", "training.total_steps"), _stop_faults),
 )

@@ -12,11 +12,12 @@ from pipeline.checkpoint import Checkpointer, TrainState
 from pipeline.config import RunConfig, accumulation_steps
 from pipeline.corpus import Corpus
 from pipeline.ending import NonFiniteError
-from pipeline.engine import DeepSpeedEngine
+from pipeline.engine import DeepSpeedEngine, set_batch_sizes
 from pipeline.evaluation import firing_values, tally_batches
 from pipeline.loader import Batch
 from pipeline.metrics import Metrics, SpikeHealth, Throughput, peak_memory_bytes
 from pipeline.objectives import count_targets, loss_sums
+from pipeline.phases import phase_of, phases_of
 from pipeline.stopping import StopRequest
 from pipeline.world import World
 
@@ -65,7 +66,11 @@ class Trainer:
         self.stop = stop
         self.stopped_by: str | None = None
         """Who asked for the stop that `run` has followed."""
+        self.phases = phases_of(config)
+        self.phase = self.phases[-1]
+        """Whose batches the next step takes: as the engine is built, the last one's."""
         self.accumulation = accumulation_steps(config, world.size)
+        self.firing_penalty = config.training.firing_penalty
         self.stack = spiking_stack(engine.module)
         self.throughput = Throughput()
         self.health = SpikeHealth(self.stack.site_names, self.stack.config.neuron)
@@ -75,6 +80,7 @@ class Trainer:
         last = self._last_step()
         if self._is_stopped():
             return self.state  # a checkpoint of this state exists, or nothing has been done yet
+        self._follow_phases()
         if self.state.step == 0:
             with self.throughput.paused():
                 self._start()
@@ -82,11 +88,12 @@ class Trainer:
         for batch in self.throughput.waiting_for(
             self.corpus.train_batches(self.state.samples_consumed, last - self.state.step)
         ):
+            self._follow_phases()
             result = self.train_step(batch)
-            self.state = self.state.after_step(self.config.training.global_batch_size)
+            self.state = self.state.after_step(self.phase.global_batch_size)
             step = self.state.step
             self.world.reached(step)
-            self.throughput.add(self.config.training.global_batch_size * batch.tensors["input_ids"].shape[1])
+            self.throughput.add(self.phase.global_batch_size * batch.tensors["input_ids"].shape[1])
             if self._due(self.config.logging.every, last):
                 self.metrics.log_step(step, self._step_values(result))
                 self.metrics.log_health(step, self.health.warnings(step, result.stats, self.stack.amplitudes))
@@ -105,19 +112,25 @@ class Trainer:
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's share of a global batch.
 
-        Every loss is the mean over the counted targets of all ranks and micro-batches. DeepSpeed averages over both,
-        which the factor undoes. Raises NonFiniteError on every rank: for a loss before the weights are touched, for a
-        gradient after DeepSpeed has applied or skipped it, before anything is saved.
+        Every loss is the mean over the counted targets of all ranks and micro-batches, the firing rate over their
+        tokens. DeepSpeed averages over both, which the factors undo. Raises NonFiniteError on every rank: for a loss
+        before the weights are touched, for a gradient after DeepSpeed has applied or skipped it, before anything is
+        saved.
         """
         self.engine.train()
-        counts = self.world.sum(count_targets(batch.tensors, self.losses).to(self.world.device, torch.float64))
+        counted = [*count_targets(batch.tensors, self.losses), batch.tensors["attention_mask"].sum()]
+        *counts, tokens = self.world.sum(torch.stack(counted).to(self.world.device, torch.float64))
+        counts, divided = torch.stack(counts), self.world.size * self.accumulation
         learning_rate = self.engine.get_lr()[0]  # read now: the step moves the schedule on
-        factor = self.world.size * self.accumulation / counts.clamp(min=1)
+        factor, firing_factor = divided / counts.clamp(min=1), self.firing_penalty * divided / tokens.clamp(min=1)
         sums, stats = [], self._no_stats()
         for micro_batch in self._micro_batches(batch):
             output = self.engine(**micro_batch)
             summed = loss_sums(output, self.losses)
-            self.engine.backward((summed * factor.to(summed.dtype)).sum())
+            loss = (summed * factor.to(summed.dtype)).sum()
+            if self.firing_penalty:
+                loss = loss + (output.firing_sum * firing_factor).to(loss.dtype)
+            self.engine.backward(loss)
             sums.append(summed.detach())
             stats += SpikeStats(output.spike_stats)
             if len(sums) == self.accumulation:
@@ -143,10 +156,17 @@ class Trainer:
         """Before the first step: amplitudes of a model that has none, and the losses of the untrained model."""
         if not self.stack.calibrated:
             first = next(self.corpus.train_batches(0, 1)).tensors
-            rows = max(1, min(CALIBRATION_ROWS // self.world.size, self.config.training.micro_batch_size))
+            rows = max(1, min(CALIBRATION_ROWS // self.world.size, self.phase.micro_batch_size))
             inputs = self._on_device({name: tensor[:rows] for name, tensor in first.items()})
             calibrate_amplitudes(self.engine, inputs)
         self.metrics.log_evaluation(0, self.evaluate())
+
+    def _follow_phases(self) -> None:
+        """Take the batch sizes of the phase that comes next."""
+        phase = phase_of(self.phases, self.state.samples_consumed)
+        if phase is not self.phase:
+            self.phase, self.accumulation = phase, accumulation_steps(phase.config, self.world.size, phase.section)
+            set_batch_sizes(self.engine, phase.config)
 
     def _last_step(self) -> int:
         training = self.config.training
@@ -157,7 +177,7 @@ class Trainer:
         return self.state.step == last or (every > 0 and self.state.step % every == 0)
 
     def _micro_batches(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        size = self.config.training.micro_batch_size
+        size = self.phase.micro_batch_size
         for start in range(0, self.accumulation * size, size):
             yield self._on_device({name: tensor[start : start + size] for name, tensor in batch.tensors.items()})
 
@@ -186,7 +206,13 @@ class Trainer:
         if sums is not None:
             suspects = ~sums.isfinite().all(1).cpu()
         samples = {"samples": ids.flatten().tolist(), "suspects": ids[suspects].flatten().tolist()}
-        record = {"step": step, "what": what, "values": values, "ranks": self.world.gather(samples)}
+        record = {
+            "step": step,
+            "what": what,
+            "values": values,
+            "sample_length": batch.tensors["input_ids"].shape[1],  # ids count parts of rows, of this length
+            "ranks": self.world.gather(samples),
+        }
         path = self.metrics.write_nonfinite(record)
         named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         neuron = self.stack.config.neuron

@@ -27,7 +27,7 @@ RUNNING_PARTS = {
     *("footprint", "tracing", "read_ahead", "remote", "shard_cache", "spike_check"),
     *("glue", "own_rows", "task_data", "task_files", "task_metrics"),
 }
-FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "places", "tasks"}
+FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "phases", "places", "tasks"}
 SHARED_BY_DATA_PREP = {
     f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "sources", "tokenization")
 }

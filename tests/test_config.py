@@ -72,6 +72,8 @@ def values_of(type_):
         return st.one_of(map(values_of, parts))
     if origin is dict and type_ not in PLAIN:
         return st.dictionaries(*map(values_of, parts), max_size=3)
+    if origin is tuple and parts[1:] == (...,):
+        return st.lists(values_of(parts[0]), max_size=3).map(tuple)
     return st.tuples(*map(values_of, parts)) if origin is tuple else PLAIN[type_]
 
 
@@ -220,6 +222,10 @@ FAULTS = [
         ["--model.neuron.kind", "none", "--engine.recompute_hidden", "true"],
         "engine.recompute_hidden: True has no effect with model.neuron.kind none",
     ),
+    (
+        ["--model.neuron.kind", "lif", "--training.firing_penalty", "0.1"],
+        "training.firing_penalty: 0.1 has no effect with model.neuron.kind lif: elastic neurons alone",
+    ),
     (["--engine.spike_backend", "cuda"], "engine.spike_backend: 'cuda' should be 'auto', 'torch', 'cpp' or 'triton'"),
     (["--training.stop_after_step", "11"], "training.stop_after_step: 11 comes after"),
     (["--resume", "nowhere"], "resume: 'nowhere' is neither auto nor never"),
@@ -356,7 +362,8 @@ def test_any_config_can_be_given_by_arguments_alone(config):
     for field in known_fields(RunConfig).values():
         if not field.is_section:
             value = functools.reduce(getattr, field.name.split("."), config)
-            arguments.append(f"--{field.name}={value if field.type is str else json.dumps(value)}")
+            for part in map(dataclasses.asdict, value) if field.is_repeated else [value]:
+                arguments.append(f"--{field.name}={part if field.type is str else json.dumps(part)}")
     assert load_settings(RunConfig, arguments, "pretrain") == config
 
 

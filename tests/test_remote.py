@@ -270,7 +270,7 @@ def test_a_run_may_name_a_url(tiny_shards, tmp_path):
         order = corpus.order
         assert (order.run, order.window) == run_and_window("remote", local.train.rows_per_shard)
         assert {**corpus.identity(), "shuffle_run": 1, "shuffle_window": None} == local.identity()
-        local = replace(local, order=order)
+        local = replace(local, phases=(replace(local.phases[0], order=order),))
         for batch, expected in zip(corpus.train_batches(0, 5), local.train_batches(0, 5), strict=True):
             assert all(np.array_equal(batch.tensors[name], expected.tensors[name]) for name in expected.tensors)
         open_corpus(config, OneProcess())

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import yaml
 
 from pipeline import report
 from pipeline.metrics import Metrics
@@ -67,6 +68,24 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path, capsys):
     assert "NOT finished, at step 20" in text
     assert "next: wait for demo, or start what no longer runs again" in text
     assert line_of(text, "checkpoint") == ["none", "yet"]
+
+
+def test_the_ends_of_phases_are_told_and_drawn(tmp_path, capsys, monkeypatch):
+    import matplotlib.pyplot
+
+    figures = []
+    monkeypatch.setattr(matplotlib.pyplot, "close", figures.append)
+    run = write_run(tmp_path / "demo", 5.0)
+    phases = [{"steps": 8, "sample_length": 32}, {"steps": 4, "sample_length": 64}, {"steps": 9, "sample_length": 96}]
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"data": {"phases": phases}}))
+    report.main([str(run)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  phase")]
+    assert [" ".join(line) for line in lines] == [
+        f"phase to step {end} on samples of {length} tokens" for end, length in ((8, 32), (12, 64), (21, 96))
+    ]
+    for axes in figures[0].axes:
+        dotted = [line.get_xdata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"]
+        assert dotted == [8, 12], "the last one has not ended"
 
 
 def test_the_newest_checkpoint_is_named(tmp_path, capsys):

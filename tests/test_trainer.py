@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ class PlainEngine(torch.nn.Module):
         self.optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         self.micro_steps = self.steps = 0
         self.gradient_norm, self.applied = 1.0, True
+        self.rows_at_once = None
 
     def forward(self, **inputs):
         return self.module(**inputs)
@@ -42,6 +44,12 @@ class PlainEngine(torch.nn.Module):
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.steps += 1
+
+    def set_train_micro_batch_size(self, rows):
+        self.rows_at_once = rows
+
+    def set_train_batch_size(self, rows):
+        self.accumulation = rows // self.rows_at_once
 
     def get_lr(self):
         return [0.1]
@@ -57,9 +65,10 @@ class Corpus:
     """The reference's samples, and its first rows as held-out ones."""
 
     objective = reference.OBJECTIVE
+    is_phased = False
 
     def train_batches(self, samples_consumed, num_steps):
-        return reference.loader().batches(num_steps)
+        return islice(reference.batches(is_phased=self.is_phased), num_steps)
 
     def heldout_batches(self):
         return heldout_batches(reference.Rows(), reference.loader().make_batch, batch_size=24)
@@ -88,8 +97,8 @@ class Recorder:
         self.saved.append(state)
 
 
-def make_trainer(kind="none", accumulation=1, module=None, **training):
-    config = reference.config(accumulation=accumulation, world_size=1)
+def make_trainer(kind="none", accumulation=1, module=None, first_accumulation=None, **training):
+    config = reference.config(accumulation=accumulation, world_size=1, first_accumulation=first_accumulation)
     config = replace(config, training=replace(config.training, **training))
     module = reference.model(kind) if module is None else module
     recorder = Recorder()
@@ -110,6 +119,23 @@ def test_accumulation_changes_neither_loss_nor_update(accumulation):
     losses = [trainer.train_step(batch).losses for trainer in (whole, split)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     torch.testing.assert_close(_weights(whole), _weights(split), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("first", "last"), [(8, 1), (1, 4), (4, 8)])
+def test_phases_change_the_batches_and_their_accumulation_changes_nothing(first, last):
+    whole, split = (make_trainer(accumulation=b, first_accumulation=a) for a, b in ((1, 1), (first, last)))
+    for trainer, _ in (whole, split):
+        trainer.corpus.is_phased = True
+        trainer.config = replace(trainer.config, logging=replace(trainer.config.logging, every=1))
+        final = trainer.run()
+        first_samples = reference.FIRST_STEPS * reference.FIRST_BATCH
+        rest = (reference.STEPS - reference.FIRST_STEPS) * reference.GLOBAL_BATCH
+        assert final.samples_consumed == first_samples + rest
+        assert trainer.engine.steps == final.step == reference.STEPS
+    (ours, our_records), (theirs, their_records) = split, whole
+    losses = [[values["loss"] for _, values in records.train] for records in (our_records, their_records)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(_weights(ours), _weights(theirs), rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_without_targets_of_a_kind_still_trains():
@@ -133,7 +159,7 @@ def test_a_nonfinite_loss_stops_before_the_update_and_its_samples_are_written_do
         trainer.train_step(batch)
     (record,) = recorder.nonfinite
     samples = batch.sample_ids.tolist()
-    assert (record["step"], record["what"]) == (1, "loss")
+    assert (record["step"], record["what"], record["sample_length"]) == (1, "loss", reference.ROW_LENGTH)
     assert record["ranks"] == [{"samples": samples, "suspects": samples[len(samples) // 2 :]}]
     assert trainer.engine.steps == 0
     for old, new in zip(before, _weights(trainer), strict=True):

@@ -1,6 +1,7 @@
 """python -m pipeline.plan: what it says, and that what it advises helps."""
 
 import re
+import shlex
 
 import pytest
 
@@ -71,6 +72,39 @@ def test_instead_of_offloading_it_counts_the_devices_that_hold_all(plan):
     assert "It fits" in printed and peak == float(promised)
     assert "Neither a setting nor more devices make it fit" in plan(*large, "--memory", 0.3)[0]
     assert "Libraries alone are assumed to take 2.00 GiB" in plan(*large, "--reserve", 2, "--memory", 1.5)[0]
+
+
+PHASED = ["--schedule.warmup_steps", "9", "--model.preset", "decoder-tiny", "--training.total_steps", "100"]
+PHASED += ["--data.phases", '{"steps":90,"sample_length":16,"global_batch_size":2048,"micro_batch_size":256}']
+
+
+def test_the_largest_phase_decides_memory_and_all_of_them_time(plan):
+    decoder = PHASED[:6]
+    last, (own,) = plan("--memory", 80, *SIZES, *decoder)
+    printed, (peak,) = plan("--memory", 80, *SIZES, *PHASED)
+    assert peak == own and "Memory is that of the phase which needs the most, on samples of 64 tokens" in printed
+    assert (
+        "90 steps: 2048 rows of 16 tokens a step, 256 at once,\n10 steps: 512 rows of 64 tokens a step, 64" in printed
+    )
+    assert "3.277 M tokens in 100 steps" in printed
+    first, _ = plan("--memory", 80, "--vocab-size", 1000, "--sample-length", 16, "--reserve", 0, *decoder[:4],
+        "--training.total_steps", 90, "--training.global_batch_size", 2048,
+        "--training.micro_batch_size", 256)  # fmt: skip
+    operations = [float(re.search(r"steps: ([\d.e+]+) operations", text)[1]) for text in (first, last, printed)]
+    assert operations[2] == pytest.approx(operations[0] + operations[1] / 10, rel=0.01)
+    large = [word.replace('"micro_batch_size":256', '"micro_batch_size":1024') for word in PHASED]
+    printed, (peak,) = plan("--memory", 80, "--devices", 2, *SIZES, *large)
+    assert peak > own and "on samples of 16 tokens" in printed
+
+
+def test_the_micro_batches_of_phases_that_it_advises_make_the_recipe_fit(plan):
+    """Options of phases stand for those of the recipe."""
+    arguments = ["--memory", 0.1, *SIZES, *PHASED[:6]]
+    printed, (peak, promised) = plan(*arguments, *PHASED[6:])
+    change = re.search(r"The cheapest change: (.*)", printed)[1]
+    assert "--training.micro_batch_size" in change and "--data.phases" in change and promised < peak
+    fitting, (now,) = plan(*arguments, *shlex.split(change))
+    assert "It fits" in fitting and now == promised
 
 
 def test_vocabulary_and_sample_length_are_those_of_the_shards(plan, causal_shards):

@@ -14,12 +14,15 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 from models.amplitudes import spiking_stack
+from pipeline.checkpoint import TrainState
 from pipeline.engine import build_engine, build_optimizer, start_world
 from pipeline.trainer import Trainer
 from pipeline.world import leave_world
 from tests.distributed import reference
 
 CLIP_NORM = 5.0  # acts in some of the steps: AdamW would not notice gradients that are all scaled alike
+
+FIRING_PENALTY = 0.5
 
 CASES = {
     f"{kind}_zero{stage}_acc{accumulation}": (kind, {"stage": stage, "accumulation": accumulation})
@@ -31,6 +34,8 @@ CASES = {
 CASES["none_zero2_acc4_clip"] = ("none", {"stage": 2, "accumulation": 4, "clip_norm": CLIP_NORM})
 CASES["none_zero3_acc1_clip"] = ("none", {"stage": 3, "clip_norm": CLIP_NORM})
 CASES["elastic_layer"] = ("elastic", {"stage": 2, "checkpointing": "layer"})
+CASES["penalty_zero2_acc4"] = ("elastic", {"stage": 2, "accumulation": 4, "firing_penalty": FIRING_PENALTY})
+CASES["penalty_zero3_layer"] = ("elastic", {"stage": 3, "checkpointing": "layer", "firing_penalty": FIRING_PENALTY})
 # Where ZeRO-3 keeps no weight that it does not need at the moment.
 RELEASED = {"stage": 3, "ds_config": "tests/distributed/zero{}_released.json"}
 CASES["elastic_timestep_released"] = ("elastic", {**RELEASED, "checkpointing": "timestep"})
@@ -38,6 +43,11 @@ CASES["elastic_timestep_released"] = ("elastic", {**RELEASED, "checkpointing": "
 CASES["none_zero2_offload"] = ("none", {"stage": "2_offload"})
 CASES["none_zero3_offload"] = ("none", {"stage": "3_offload", "accumulation": 4})
 CASES["elastic_zero3_offload"] = ("elastic", {"stage": "3_offload"})
+# Batches and accumulation change behind the first phase.
+for stage in ("1", "2", "2_offload", "3", "3_offload"):
+    for first, last in ((4, 1), (1, 4)):
+        phased = {"stage": stage, "first_accumulation": first, "accumulation": last}
+        CASES[f"none_zero{stage}_phases{first}to{last}"] = ("none", phased)
 CASES["none_bf16"] = ("none", {"stage": 2, "precision": "bf16"})
 CASES["elastic_bf16"] = ("elastic", {"stage": 2, "precision": "bf16"})
 CASES["elastic_bf16_zero3"] = ("elastic", {"stage": 3, "precision": "bf16"})
@@ -49,7 +59,8 @@ def train(kind, settings, world):
     spiking_stack(model).set_checkpointing(config.engine.checkpointing)
     engine = build_engine(model, config, world, Path("unused"))
     corpus = SimpleNamespace(objective=reference.OBJECTIVE)
-    trainer = Trainer(engine, config, world, corpus, checkpointer=None, metrics=None, state=None, stop=None)
+    state = TrainState(0, 0, world.size, zero_stage=0, data={})
+    trainer = Trainer(engine, config, world, corpus, checkpointer=None, metrics=None, state=state, stop=None)
     gradients, step, gathers = {}, engine.step, count_gathers(model)
 
     def step_after_reading_gradients():
@@ -59,10 +70,12 @@ def train(kind, settings, world):
 
     engine.step = step_after_reading_gradients
     losses, amplitudes, gathered = [], [], []
-    for batch in reference.loader(world.rank, world.size).batches(reference.STEPS):
+    for batch in reference.batches(world.rank, world.size, is_phased=bool(config.data.phases)):
+        trainer._follow_phases()
         losses.append(trainer.train_step(batch).losses.sum())
         amplitudes.append(spiking_stack(model).amplitudes.clone())
         gathered.append([gathers.pop(name, 0) for name, _ in model.named_parameters()])
+        trainer.state = trainer.state.after_step(trainer.phase.global_batch_size)
     engine.destroy()
     return {
         "losses": torch.stack(losses),

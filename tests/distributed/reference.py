@@ -14,6 +14,7 @@ from pipeline.config import (
     LoggingSettings,
     ObjectiveSettings,
     OptimizerSettings,
+    PhaseSettings,
     RunConfig,
     ScheduleSettings,
     TrainingSettings,
@@ -29,6 +30,9 @@ ROW_LENGTH = 12
 TOKENS = SpecialTokens(mask=4, special=(0, 1, 2, 3, 4), vocab_size=VOCABULARY)
 OBJECTIVE = MaskedTokens(seed=0, settings=ObjectiveSettings(), tokens=TOKENS)
 RATE = 2e-3
+FIRST_STEPS = 3
+FIRST_BATCH = 16
+"""A phase that comes first in some trainings: its steps, and the samples of one."""
 
 
 class Rows:
@@ -61,11 +65,18 @@ def config(
     checkpointing="none",
     world_size=2,
     clip_norm=0.0,
+    firing_penalty=0.0,
     ds_config="ds_configs/zero{}.json",
+    first_accumulation=None,
 ):
+    """A recipe; with `first_accumulation` there is a phase before that of `accumulation`."""
+    phases = ()
+    if first_accumulation is not None:
+        at_once = FIRST_BATCH // (world_size * first_accumulation)
+        phases = (PhaseSettings(FIRST_STEPS, ROW_LENGTH, FIRST_BATCH, at_once),)
     return RunConfig(
         name="equivalence",
-        data=DataSettings(shards="made up"),
+        data=DataSettings(shards="made up", phases=phases),
         objective=ObjectiveSettings(),
         optimizer=OptimizerSettings(learning_rate=RATE, weight_decay=0.01, clip_norm=clip_norm),
         schedule=ScheduleSettings(warmup_steps=2),
@@ -74,6 +85,7 @@ def config(
             total_steps=STEPS,
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=GLOBAL_BATCH // (world_size * accumulation),
+            firing_penalty=firing_penalty,
         ),
         evaluation=EvaluationSettings(every=0, micro_batch_size=4),
         checkpoint=CheckpointSettings(every=STEPS),
@@ -81,11 +93,18 @@ def config(
     )
 
 
-def loader(rank=0, world_size=1):
+def loader(rank=0, world_size=1, global_batch=GLOBAL_BATCH):
     order = OrderState(seed=0, num_samples=len(Rows()))
     return ElasticLoader(
-        Rows(), OBJECTIVE.make_batch, order=order, global_batch_size=GLOBAL_BATCH, rank=rank, world_size=world_size
+        Rows(), OBJECTIVE.make_batch, order=order, global_batch_size=global_batch, rank=rank, world_size=world_size
     )
+
+
+def batches(rank=0, world_size=1, is_phased=False):
+    """This rank's batches of all steps."""
+    first = FIRST_STEPS if is_phased else 0
+    yield from loader(rank, world_size, FIRST_BATCH).batches(first)
+    yield from loader(rank, world_size).batches(STEPS - first)
 
 
 def model_config(kind):
@@ -113,7 +132,7 @@ def model(kind):
     return built
 
 
-def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0):
+def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0, firing_penalty=0.0, is_phased=False):
     """STEPS steps on one process without an engine: losses [STEPS] (sum of both means), first gradients, amplitudes.
 
     `perturbation` changes every weight by that relative amount, up or down at random. `clip_norm` 0: no clipping;
@@ -130,12 +149,14 @@ def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0):
         optimizer, lambda step: (step + 1) / 3 if step < 2 else 1 - (step - 2) / (STEPS - 2)
     )
     losses, first_gradients = [], {}
-    for batch in loader().batches(STEPS):
+    for batch in batches(is_phased=is_phased):
         output = trained(**batch.tensors)
         counts = count_targets(batch.tensors, OBJECTIVE.losses)
         loss = (loss_sums(output, OBJECTIVE.losses) / counts).sum()
         losses.append(loss.item())
         optimizer.zero_grad()
+        if firing_penalty:
+            loss = loss + firing_penalty * output.firing_sum / batch.tensors["attention_mask"].sum()
         loss.backward()
         if not first_gradients:
             first_gradients = {name: p.grad.clone() for name, p in trained.named_parameters()}

@@ -14,10 +14,13 @@ RESUMED = {
     "3-fp32": ("masked_lm", 3, "fp32"),
     "3-bf16": ("masked_lm", 3, "bf16"),
     "decoder": ("causal_lm", 3, "fp32"),
+    "phases": ("causal_lm", 2, "fp32"),
 }
 """Objectives, stages and precisions with a run that was stopped and resumed, resumed-<name>, beside whole-<name>."""
 
 DECODER = ("--model.preset", "decoder-tiny", "--data.sample_length", "32")
+PHASE = "{steps: 3, sample_length: 16, global_batch_size: 32, micro_batch_size: 4}"
+"""Of the run phases: what comes before three steps of the recipe's own."""
 
 
 def run_arguments(shards, runs, name, stage, precision, *more):
@@ -36,6 +39,7 @@ def train_runs(pairs, causal_rows, folder):
     first, second = [run_arguments(pairs, folder, "whole-1-fp32", 1, "fp32")], []
     for name, (objective, stage, precision) in RESUMED.items():
         shards, more = (causal_rows, DECODER) if objective == "causal_lm" else (pairs, ())
+        more += ("--data.phases", PHASE) if name == "phases" else ()
         first.append(run_arguments(shards, folder, f"whole-{name}", stage, precision, *more))
         resumed = run_arguments(shards, folder, f"resumed-{name}", stage, precision, *more)
         first.append([*resumed, "--training.stop_after_step", str(stop)])

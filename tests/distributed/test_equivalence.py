@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import reference
-from tests.distributed.equivalence_worker import CASES, CLIP_NORM
+from tests.distributed.equivalence_worker import CASES, CLIP_NORM, FIRING_PENALTY
 from tests.launcher import launch, run
 
 PERTURBATION = 6e-8
@@ -40,6 +40,18 @@ def plain():
 
 
 @pytest.fixture(scope="module")
+def phased():
+    """Losses and first gradients of one process whose batches become smaller."""
+    return reference.train_plainly("none", is_phased=True)
+
+
+@pytest.fixture(scope="module")
+def penalized():
+    """Losses, first gradients and amplitudes of one process that also minimises firing rates."""
+    return reference.train_plainly("elastic", firing_penalty=FIRING_PENALTY)
+
+
+@pytest.fixture(scope="module")
 def clipped():
     """Losses of one process that clips."""
     return reference.train_plainly("none", clip_norm=CLIP_NORM)[0]
@@ -64,8 +76,9 @@ def bf16_drift(plain):
 
 
 @pytest.mark.parametrize("case", FP32)
-def test_first_loss_and_gradients_equal_one_process(case, results, plain):
-    losses, gradients, _ = plain[CASES[case][0]]
+def test_first_loss_and_gradients_equal_one_process(case, results, plain, phased, penalized):
+    others = {"phases": phased, "penalty": penalized}
+    losses, gradients, _ = next((run for name, run in others.items() if name in case), plain[CASES[case][0]])
     ours = results[case][0]
     assert float(ours["losses"][0]) == pytest.approx(losses[0], rel=1e-5)
     parted = {n: float((ours[f"grad/{n}"] - g).norm() / g.norm()) for n, g in gradients.items()}
@@ -73,9 +86,14 @@ def test_first_loss_and_gradients_equal_one_process(case, results, plain):
 
 
 @pytest.mark.parametrize("case", [name for name in FP32 if name.startswith("none")])
-def test_ordinary_losses_equal_one_process(case, results, plain, clipped):
-    expected = clipped if case.endswith("clip") else plain["none"][0]
+def test_ordinary_losses_equal_one_process(case, results, plain, clipped, phased):
+    expected = clipped if case.endswith("clip") else phased[0] if "phases" in case else plain["none"][0]
     np.testing.assert_allclose(results[case][0]["losses"], expected, rtol=1e-5)
+
+
+def test_the_firing_rate_is_minimised_too(plain, penalized):
+    parted = {n: float((penalized[1][n] - g).norm() / g.norm()) for n, g in plain["elastic"][1].items()}
+    assert sum(value > 1e-3 for value in parted.values()) > 20
 
 
 def test_clipping_acts(plain, clipped):

@@ -29,6 +29,16 @@ def _elastic(k: float, amplitude: str, reset: str, T: int, length: int = 1) -> V
     return Variant(_ELASTIC.format(k=k, amplitude=amplitude, reset=reset, T=T), length)
 
 
+_PENALTY = "--training.firing_penalty 0.24"
+
+
+def _by_site(T: int, more: str = "") -> Variant:
+    """Values fire more often and the MLP's inner activations less than the other sites."""
+    sites = "--model.neuron.site_frequencies.value 1.0 --model.neuron.site_frequencies.mlp_down 1.8"
+    base = _ELASTIC.format(k=1.4, amplitude="tracked", reset="normalized", T=T)
+    return Variant(" ".join(filter(None, [base, sites, more])))
+
+
 # Padding counts nowhere, so that all firing rates are of the same tokens.
 VARIANTS = {
     NOTHING: Variant("--model.neuron.kind none --model.overrides.num_hidden_layers 0"),
@@ -45,6 +55,10 @@ VARIANTS = {
     "k=1.4 T=4": _elastic(1.4, "tracked", "normalized", 4),
     "k=1.4 T=4, released reset": _elastic(1.4, "tracked", "released", 4),
     "k=1.4 T=8": _elastic(1.4, "tracked", "normalized", 8),
+    "k by site T=1": _by_site(1),
+    "k by site T=4": _by_site(4),
+    "k by site T=1, penalty": _by_site(1, _PENALTY),
+    "k by site T=4, penalty": _by_site(4, _PENALTY),
     "k=1.5 T=1": _elastic(1.5, "tracked", "normalized", 1),
     "k=1.5 T=4": _elastic(1.5, "tracked", "normalized", 4),
     "k=1.4 T=1, 4 x tokens": _elastic(1.4, "tracked", "normalized", 1, length=4),
