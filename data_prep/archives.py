@@ -13,6 +13,9 @@ from data_prep.lines import decode, json_text
 MEMBERS = ("txt", "json")
 """Extensions of the members that hold a sample's text; a sample that has both gives the first."""
 
+# To WebDataset a sample is called by what stands before the first dot: this may be a text of its own or another's note.
+_DOTTED = BrokenContent("name with several dots", ": leave one, before txt or json, or give it another extension")
+
 
 class _CheckedMember(tarfile.TarInfo):
     """A header that is an error where it is broken or missing, which `tarfile` takes for the archive's end."""
@@ -69,7 +72,11 @@ def _members(path: str, faults: Faults) -> Iterator[dict[str, Any]]:
         for member in archive:
             archive.members = []  # which would hold every header
             key, extension = base_plus_ext(member.name)
-            if not member.isreg() or key is None or extension.lower() not in MEMBERS:
+            if not member.isreg() or key is None:
+                continue
+            if extension.lower() not in MEMBERS:
+                if extension.lower().endswith(tuple(f".{end}" for end in MEMBERS)):
+                    faults.add(_DOTTED, lambda name=member.name: f"{path}: {name}")
                 continue
             if member.size > documents.LONGEST_DOCUMENT:
                 fault = too_long("cut it into several documents, or remove it")

@@ -121,14 +121,10 @@ class Job:
 
     def _each(self, title: str, todo: Sequence[int], work: Callable[[WorkUnit, BuildProgress], None]) -> None:
         """`work` on this rank's part of the units in `todo`, until all ranks are done with theirs."""
-        total = sum(map(_size, self.units))
-        before = total - sum(_size(self.units[number]) for number in todo)
+        total = sum(unit.num_bytes for unit in self.units)
+        before = total - sum(self.units[number].num_bytes for number in todo)
         with BuildProgress(self.ranks, title, total, before) as progress:
             for number in todo[self.ranks.rank :: self.ranks.size]:
                 work(self.units[number], progress)
-                progress.count(num_bytes=_size(self.units[number]))
+                progress.count(num_bytes=self.units[number].num_bytes)
             progress.wait()
-
-
-def _size(unit: WorkUnit) -> int:
-    return unit.stop - unit.start

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.build_job import Job, KeysOf
 from data_prep.build_report import REPORT_NAME, write_report
 from data_prep.duplicates import words_key
-from data_prep.files import read_record
+from data_prep.files import read_record, sync_tree
 from data_prep.filters import QualityRules, Steps, StepSettings
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, SourceCounts, UnitRecord
 from data_prep.near_duplicates import BandKeys, NearDuplicateSettings
@@ -31,7 +31,7 @@ from data_prep.packing import CausalLayout, PairLayout, RowLayout
 from data_prep.ranks import Ranks, run_ranks
 from data_prep.recipes import BelowOne, FolderName, Rule, Share, load_settings, strict
 from data_prep.shards import ids_dtype
-from data_prep.sources import WorkUnit, input_files, plan_units
+from data_prep.sources import WorkUnit, input_files, passed_over, plan_units
 from data_prep.tokenization import (
     TRAINING_RECORD,
     TrainingRecord,
@@ -178,6 +178,8 @@ def build(settings: BuildSettings, ranks: Ranks) -> None:
         if is_finished(root, plan, settings, ranks):
             return  # and leave no work folder behind
         started = time.monotonic()
+        for line in ranks.share(lambda: passed_over(settings.input), list[str]):
+            print(line)
         units, inputs = ranks.share(lambda: planned_units(settings, plan), tuple[list[WorkUnit], list[int]])
         ranks.agree(lambda: prepare(root, plan, settings.overwrite) if ranks.is_first else None)
         steps = ranks.agree(lambda: steps_of(settings.steps))
@@ -282,7 +284,8 @@ def bytes_of(megabytes: float) -> int:
 def planned_units(settings: BuildSettings, plan: Manifest) -> tuple[list[WorkUnit], list[int]]:
     """All work units, and the number of the input that each is of."""
     unit_bytes = bytes_of(plan.origin.settings["unit_megabytes"])
-    units = plan_units(settings.input, text_field=settings.text_field, unit_bytes=unit_bytes)
+    skips = settings.on_error == "skip"
+    units = plan_units(settings.input, text_field=settings.text_field, unit_bytes=unit_bytes, skips_broken=skips)
     return units, [unit.source for unit in units]
 
 
@@ -372,6 +375,7 @@ def finish(
             "(a tokenizer trained on this text is trained anew with the same fraction)"
         )
     tokenizer.save_pretrained(root / TOKENIZER_FOLDER)
+    sync_tree(root / TOKENIZER_FOLDER)
     write_report(root, manifest)
     manifest.save(root / MANIFEST_NAME)
     return manifest

@@ -37,6 +37,7 @@ class WorkUnit:
         paths: the files; more than one only for text; of the hub the input's name
         start, stop: bytes, of tables rows; the unit owns what begins in [start, stop)
         text_field: the key of the text in a JSON line or member, the column of a table
+        num_bytes: of the files, how many these are: for tables a share of the file by rows
         source: number of the input, in the order in which inputs are given
         root: the folder to which names of documents are relative
     """
@@ -47,6 +48,7 @@ class WorkUnit:
     start: int
     stop: int
     text_field: str
+    num_bytes: int
     source: int = 0
     root: str = ""
 

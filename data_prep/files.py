@@ -45,6 +45,14 @@ def sync_folder(folder: Path) -> None:
     sync_file(folder)
 
 
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder of files that others wrote lies on the disk, with its own name."""
+    for file in folder.rglob("*"):
+        sync_file(file)
+    sync_folder(folder)
+    sync_folder(folder.parent)
+
+
 def sync_file(path: Path) -> None:
     """Wait until what was written to a file, or the names in a folder, lies on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import xxhash
@@ -16,7 +17,7 @@ import xxhash
 from data_prep.archives import read_tar
 from data_prep.documents import BrokenContent, Document, Faults, SourceError, WorkUnit, unreadable
 from data_prep.lines import COMPRESSED, read_csv, read_jsonl, read_text
-from data_prep.tables import HUB_SCHEME, parse_hub_name, read_table, row_spans, saved_files
+from data_prep.tables import HUB_SCHEME, TableError, hub_content, parse_hub_name, read_table, row_spans, saved_files
 from data_prep.wikipedia import is_cut, read_wikipedia
 
 UNIT_BYTES = 64 << 20
@@ -96,6 +97,29 @@ def input_files(name: str) -> list[Path]:
     return files
 
 
+def passed_over(names: Sequence[str]) -> list[str]:
+    """What the folders among the inputs hold that is not read, counted, one line each.
+
+    Folders that are only linked are not entered: a link upwards would be read for ever.
+    """
+    lines = []
+    for name in names:
+        counts = Counter() if is_on_hub(name) else _unread(resolve_input(name))
+        lines += [f"input {name}: passed over: {kind} ({counts[kind]:,})" for kind in sorted(counts) if counts[kind]]
+    return lines
+
+
+def _unread(path: Path) -> Counter[str]:
+    found: Counter[str] = Counter()
+    if path.is_dir() and not saved_files(path):
+        for place, folders, names in os.walk(path):
+            files = [Path(place, name) for name in names]
+            found["linked folders"] += sum(Path(place, folder).is_symlink() for folder in folders)
+            found["links to nothing, or no files"] += sum(not file.is_file() for file in files)
+            found["files of no known format"] += sum(file.is_file() and not _format_of(file) for file in files)
+    return found
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise SourceError(f"folder {error.filename}: {error.strerror}: make it readable, or leave it out")
@@ -111,38 +135,45 @@ def _format_of(path: Path) -> str | None:
 # Planning
 
 
-def plan_units(inputs: Sequence[str], *, text_field: str = "text", unit_bytes: int = UNIT_BYTES) -> list[WorkUnit]:
+def plan_units(
+    inputs: Sequence[str], *, text_field: str = "text", unit_bytes: int = UNIT_BYTES, skips_broken: bool = False
+) -> list[WorkUnit]:
     """Cut the inputs into work units of about `unit_bytes`: a pure function of the files, whoever reads them.
 
     Units follow the order of the inputs, and none spans two of them. JSON lines, UTF-8 XML and dumps in many streams
     of bzip2 are cut at byte ranges, tables at rows, and text files are grouped; what can be read only from its
-    beginning, as other compressed files, is one unit whatever its size.
+    beginning, as other compressed files, is one unit whatever its size. With `skips_broken` a table whose rows cannot
+    even be counted is a unit, too, which read_unit then counts as left out.
 
     Raises:
-        SourceError: an input is missing, empty or of no known format.
+        SourceError: an input is missing, empty or of no known format, or a table is broken and not to be skipped.
     """
-    units = [unit for source, name in enumerate(inputs) for unit in _input_units(source, name, text_field, unit_bytes)]
+    units = [
+        replace(unit, text_field=text_field, source=source)
+        for source, name in enumerate(inputs)
+        for unit in _input_units(name, unit_bytes, skips_broken)
+    ]
     return [replace(unit, number=number) for number, unit in enumerate(units)]
 
 
-def _input_units(source: int, name: str, text_field: str, unit_bytes: int) -> Iterator[WorkUnit]:
-    def unit(format: str, paths: Sequence[Path | str], start: int, stop: int) -> WorkUnit:
-        return WorkUnit(0, format, tuple(map(str, paths)), start, stop, text_field, source, root)
+def _input_units(name: str, unit_bytes: int, skips_broken: bool) -> Iterator[WorkUnit]:
+    def unit(format: str, paths: Sequence[Path | str], start: int, stop: int, num_bytes: int) -> WorkUnit:
+        return WorkUnit(0, format, tuple(map(str, paths)), start, stop, "", num_bytes, root=root)
 
     if is_on_hub(name):
         root = ""
-        for start, stop in row_spans("hub", name, unit_bytes):
-            yield unit("hub", [name], start, stop)
+        for span in _with_bytes(row_spans("hub", name, unit_bytes), hub_content(name)[1]):
+            yield unit("hub", [name], *span)
         return
     place = resolve_input(name)
     root = str(place if place.is_dir() else place.parent)
     files = input_files(name)
     for paths, size in _text_groups([file for file in files if _format_of(file) == "text"], unit_bytes):
-        yield unit("text", paths, 0, size)
+        yield unit("text", paths, 0, size, size)
     for file in files:
         if (format := _format_of(file)) != "text":
-            for start, stop in _spans(format, file, unit_bytes):
-                yield unit(format, [file], start, stop)
+            for span in _spans(format, file, unit_bytes, skips_broken):
+                yield unit(format, [file], *span)
 
 
 def _text_groups(files: list[Path], unit_bytes: int) -> list[tuple[list[Path], int]]:
@@ -157,18 +188,33 @@ def _text_groups(files: list[Path], unit_bytes: int) -> list[tuple[list[Path], i
     return groups
 
 
-def _spans(format: str, file: Path, unit_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of a file that is no text: of rows for tables, of bytes for others; the empty one of an empty file."""
+def _spans(format: str, file: Path, unit_bytes: int, skips_broken: bool) -> list[tuple[int, int, int]]:
+    """Ranges of a file that is no text, of rows for tables, of bytes for others, and the bytes of each.
+
+    An empty file has the empty range, and a table that is broken the range of one row.
+    """
     size = file.stat().st_size
     if size and format in ("parquet", "arrow"):
-        return row_spans(format, str(file), unit_bytes)
+        try:
+            return _with_bytes(row_spans(format, str(file), unit_bytes), size)
+        except TableError as error:
+            if not skips_broken:
+                raise SourceError(f"{file}: broken table: {error}: fetch the file again") from None
+            return [(0, 1, size)]
     if format == "wikipedia":
         whole = size <= unit_bytes or not is_cut(str(file), unit_bytes)
     else:
         whole = format != "jsonl" or COMPRESSED.search(file.name) is not None
     if whole or not size:
-        return [(0, size)]
-    return [(start, min(start + unit_bytes, size)) for start in range(0, size, unit_bytes)]
+        return [(0, size, size)]
+    edges = [*range(0, size, unit_bytes), size]
+    return [(start, stop, stop - start) for start, stop in pairwise(edges)]
+
+
+def _with_bytes(spans: list[tuple[int, int]], num_bytes: int) -> list[tuple[int, int, int]]:
+    """Ranges of all rows of a table, and the share that each has of its bytes."""
+    rows = max(spans[-1][1], 1)
+    return [(start, stop, num_bytes * stop // rows - num_bytes * start // rows) for start, stop in spans]
 
 
 # Reading

@@ -23,7 +23,12 @@ _HUB_NAME = re.compile(
     r"hub://(?P<path>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<name>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<revision>\S+))?"
 )
 ROWS_AT_ONCE = 256
+_SAVE_AGAIN = "fetch the folder again, or save it anew by Dataset.save_to_disk"
 SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes beside the rows
+
+
+class TableError(Exception):
+    """What pyarrow says of a table that it cannot read."""
 
 
 # Planning
@@ -33,7 +38,8 @@ def row_spans(format: str, path: str, unit_bytes: int) -> list[tuple[int, int]]:
     """Ranges of rows of about `unit_bytes` that together are the table.
 
     Raises:
-        SourceError: the table cannot be read.
+        SourceError: a dataset of the hub cannot be had.
+        TableError: the file cannot be read.
     """
     if format == "parquet":
         sizes = [(group.num_rows, group.total_byte_size) for group in _row_groups(path)]
@@ -55,14 +61,22 @@ def saved_files(folder: Path) -> list[Path] | None:
     """The files of a folder that `datasets` saved, in the order of their rows; None for any other folder.
 
     Raises:
-        SourceError: the folder holds several splits.
+        SourceError: the folder holds several splits, its list of files is none, or a file of the list is not there.
     """
     if (folder / SAVED_SPLITS).is_file():
         splits = [folder / name for name in read_json(folder / SAVED_SPLITS)["splits"]]
         raise SourceError(f"input {str(folder)!r}: it holds several splits: name {' or '.join(map(str, splits))}")
     if not (folder / SAVED_STATE).is_file():
         return None
-    return [folder / file["filename"] for file in read_json(folder / SAVED_STATE)["_data_files"]]
+    state = read_json(folder / SAVED_STATE)
+    try:
+        files = [folder / file["filename"] for file in state["_data_files"]]
+    except (KeyError, TypeError):
+        raise SourceError(f"{folder / SAVED_STATE} lists no files (_data_files): {_SAVE_AGAIN}") from None
+    for file in files:
+        if not file.is_file():
+            raise SourceError(f"{file} does not exist, but {SAVED_STATE} lists it: {_SAVE_AGAIN}")
+    return files
 
 
 # Reading
@@ -84,13 +98,9 @@ def read_table(unit: WorkUnit, faults: Faults) -> Iterator[Document]:
             except BrokenContent as fault:
                 faults.add(fault, lambda number=number: f"{path}: row {number}")
             number += 1
-    except _TableError as error:
+    except TableError as error:
         rest = f"rows {number} to {unit.stop - 1} cannot be read: {error}: fetch the file again"
         faults.add(BrokenContent("broken table", f": {rest}"), lambda: path, unit.stop - number)
-
-
-class _TableError(Exception):
-    """What pyarrow says of a table."""
 
 
 def _text(cell: Any, text_field: str) -> str:
@@ -102,11 +112,8 @@ def _text(cell: Any, text_field: str) -> str:
 
 
 def _row_groups(path: str) -> list[Any]:
-    try:
-        with _parquet_file(path) as file:
-            return [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-    except _TableError as error:
-        raise SourceError(f"{path}: broken table: {error}: fetch the file again") from None
+    with _parquet_file(path) as file:
+        return [file.metadata.row_group(number) for number in range(file.num_row_groups)]
 
 
 def _parquet_file(path: str) -> Any:
@@ -116,7 +123,7 @@ def _parquet_file(path: str) -> Any:
     try:
         return pq.ParquetFile(path, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise _TableError(_first_line(error)) from None
+        raise TableError(_first_line(error)) from None
 
 
 def _parquet_cells(unit: WorkUnit) -> Iterator[Any]:
@@ -133,7 +140,7 @@ def _parquet_cells(unit: WorkUnit) -> Iterator[Any]:
             for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[unit.text_field]):
                 yield from batch.column(0)
         except (pa.ArrowException, OSError) as error:
-            raise _TableError(_first_line(error)) from None
+            raise TableError(_first_line(error)) from None
 
 
 def _dataset_cells(unit: WorkUnit) -> Iterator[Any]:
@@ -148,7 +155,7 @@ def _dataset_cells(unit: WorkUnit) -> Iterator[Any]:
         try:
             _check_offsets(cells)
         except pa.ArrowException as error:
-            raise _TableError(_first_line(error)) from None
+            raise TableError(_first_line(error)) from None
         yield from cells
 
 
@@ -178,7 +185,7 @@ def _arrow_dataset(path: str) -> Dataset:
             return Dataset(MemoryMappedTable(pa.ipc.open_file(pa.memory_map(path)).read_all(), path))
         return Dataset.from_file(path)
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: broken table: {_first_line(error)}: fetch the file again") from None
+        raise TableError(_first_line(error)) from None
 
 
 def _first_line(error: Exception) -> str:

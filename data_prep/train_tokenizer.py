@@ -16,11 +16,11 @@ from pydantic import Field
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.files import read_record, write_json
+from data_prep.files import read_record, sync_folder, sync_tree, write_json
 from data_prep.origin import Inputs, Origin, faults_of, record_input, refusal
 from data_prep.ranks import launched_as, refuse_apart
 from data_prep.recipes import BelowOne, FolderName, load_settings, run_command, strict
-from data_prep.sources import hash_share, is_heldout, plan_units, read_unit
+from data_prep.sources import hash_share, is_heldout, passed_over, plan_units, read_unit
 from data_prep.tokenization import TRAINING_RECORD, TrainingRecord, load_tokenizer, tokenizer_fingerprint
 from data_prep.tokenizer_models import causal_tokenizer, train_byte_bpe, train_sentencepiece, train_wordpiece
 
@@ -80,10 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(settings: TokenizerSettings) -> None:
     """Train and save, unless that is done already."""
     output = Path(settings.output)
+    restore(output.resolve())
     origin = origin_of(settings)
     if is_trained(output, origin, settings.overwrite):
         print(f"{output} is trained already with these settings: nothing to do")
         return
+    for line in passed_over(settings.input):
+        print(line)
     with tqdm(unit=" documents", file=sys.stderr, mininterval=1) as progress:
         texts = TrainingTexts(settings, progress)
         size, lowercase, model = settings.vocab_size, settings.lowercase, None
@@ -164,7 +167,8 @@ class TrainingTexts:
         settings = self._settings
         self._progress.reset()
         skipped = None if self.skipped is None else Counter()
-        for unit in plan_units(settings.input, text_field=settings.text_field):
+        skips = settings.on_error == "skip"
+        for unit in plan_units(settings.input, text_field=settings.text_field, skips_broken=skips):
             for document in read_unit(unit, skipped):
                 self._progress.update()
                 self.least_share = min(self.least_share, hash_share(document.text))
@@ -175,16 +179,33 @@ class TrainingTexts:
 
 
 def save(output: Path, tokenizer: PreTrainedTokenizerFast, model: bytes | None, origin: Origin) -> None:
-    """Put the finished folder in its place at once, for what was there."""
+    """Put the finished folder in its place, for what was there, which is gone only after that."""
+    output = output.resolve()  # a link to a folder stays one
     unfinished = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer.save_pretrained(unfinished)
     if model is not None:
         (unfinished / MODEL_NAME).write_bytes(model)
     write_json(unfinished / TRAINING_RECORD, asdict(TrainingRecord(origin, tokenizer_fingerprint(tokenizer))))
+    sync_tree(unfinished)
+    old = replaced(output)
     if output.exists():
-        shutil.rmtree(output)
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
     unfinished.rename(output)
+    sync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replaced(output: Path) -> Path:
+    """Where a tokenizer waits while another takes its place."""
+    return output.with_name(f".{output.name}.old")
+
+
+def restore(output: Path) -> None:
+    """Put back a tokenizer whose successor a kill has kept from its place."""
+    if not output.exists() and replaced(output).exists():
+        replaced(output).rename(output)
 
 
 if __name__ == "__main__":

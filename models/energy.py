@@ -69,12 +69,15 @@ class Passed:
     rows: float = 0.0
     """Rows of which the pooler has seen the first token."""
 
+    answers: float = 0.0
+    """Logits of a head over whole rows: so many for each row as it has classes."""
+
     @classmethod
-    def in_rows(cls, lengths: Iterable[int], causal: bool, predictions: float = 0.0) -> Self:
-        """Rows of so many tokens each, one document in each."""
+    def in_rows(cls, lengths: Iterable[int], causal: bool, predictions: float = 0.0, classes: int = 0) -> Self:
+        """Rows of so many tokens each, one document in each, and the outputs of a head over whole rows."""
         lengths = list(lengths)
         pairs = sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
-        return cls(sum(lengths), pairs, predictions, 0 if causal else len(lengths))
+        return cls(sum(lengths), pairs, predictions, 0 if causal else len(lengths), len(lengths) * classes)
 
 
 def products_behind(config: SpikeLMConfig, passed: Passed) -> dict[str, float]:
@@ -166,12 +169,13 @@ def _norm(config: SpikeLMConfig, elements: float) -> Operations:
 
 
 def _head(config: SpikeLMConfig, passed: Passed) -> Operations:
-    """Over the vocabulary, and, of encoders, what stands before it and the pooler."""
+    """Over the vocabulary, and, of encoders, what stands before it, the pooler, and a head over whole rows."""
     D, V = config.hidden_size, config.vocab_size
     if config.traits.causal:
         return Operations(passed.predictions * D * V)
     transform = Operations(passed.predictions * D * D) + _norm(config, passed.predictions * D)
-    return transform + Operations(passed.predictions * D * V, passed.predictions * V) + Operations(passed.rows * D * D)
+    rows = Operations(passed.rows * D * D) + Operations(passed.answers * D, passed.answers)
+    return transform + Operations(passed.predictions * D * V, passed.predictions * V) + rows
 
 
 def _key_width(config: SpikeLMConfig) -> int:

@@ -400,7 +400,8 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
     ) -> SpikeLMSequenceClassifierOutput:
         """Inputs as in SpikeLMModel; labels as config.problem_type wants them, which they decide where it is None.
 
-        Regression (num_labels 1): [B] floats; one class: [B] integers; several labels: [B, num_labels] floats.
+        Regression (num_labels 1): [B] floats; one class: [B] integers; several labels: [B, num_labels] floats. In the
+        sums over rows a class of -100, or NaN for a number, does not count.
         """
         output = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(output.pooler_output))
@@ -413,6 +414,7 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
             hidden_states=output.hidden_states,
             spike_stats=output.spike_stats,
             firing_sum=output.firing_sum,
+            **_row_loss_sum(logits, labels),
         )
 
 
@@ -428,6 +430,16 @@ def _token_loss(
 def _loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats, summed in fp32 over the counted labels; 0 (with a gradient path) where none counts."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def _row_loss_sum(logits_BC: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """The loss of whole rows by its name in SpikeLMSequenceClassifierOutput; none for several labels a row."""
+    if labels is None or labels.dim() > 1:
+        return {}
+    if logits_BC.shape[1] > 1:
+        return {"classification_loss_sum": _loss_sum(logits_BC, labels)}
+    errors_B = logits_BC[:, 0].float() - labels
+    return {"regression_loss_sum": torch.where(labels.isnan(), 0.0, errors_B).square().sum()}
 
 
 def _mean_loss(terms: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:

@@ -69,7 +69,13 @@ class SpikeLMCausalLMOutput(CausalLMOutputWithPast):
 
 @dataclass
 class SpikeLMSequenceClassifierOutput(SequenceClassifierOutput):
-    """loss (a mean), logits [B, num_labels]; hidden_states, spike_stats and firing_sum as in SpikeLMModelOutput."""
+    """loss (a mean), logits [B, num_labels]; hidden_states, spike_stats and firing_sum as in SpikeLMModelOutput.
 
+    classification_loss_sum (nats, one class a row), regression_loss_sum (squared errors): the sum over counted rows,
+    where there are labels of that kind.
+    """
+
+    classification_loss_sum: Tensor | None = None
+    regression_loss_sum: Tensor | None = None
     spike_stats: Tensor | None = None
     firing_sum: Tensor | None = None

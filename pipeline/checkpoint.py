@@ -53,6 +53,24 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class Search:
+    """The best checkpoint so far, by the first metric of a task."""
+
+    evaluated_step: int
+    """The last step after which it was measured."""
+    best_step: int
+    best_score: float
+    misses: int = 0
+    """Evaluations since then, none of which was better."""
+
+    def after(self, step: int, score: float) -> "Search":
+        """The search one evaluation later."""
+        if score > self.best_score:
+            return Search(step, step, score)
+        return replace(self, evaluated_step=step, misses=self.misses + 1)
+
+
+@dataclass(frozen=True)
 class TrainState:
     """What the next step needs beside the engine's own state."""
 
@@ -66,6 +84,8 @@ class TrainState:
     """Identity of the sample order: index fingerprint, seed, shuffle (pipeline.loader)."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The recipe of the run, to name what a resumed one has changed."""
+    search: Search | None = None
+    """Of fine-tuning, once it has been measured."""
     version: int = STATE_VERSION
 
     def after_step(self, global_batch_size: int) -> "TrainState":
@@ -92,7 +112,7 @@ def find_start(config: RunConfig, checkpointer: "Checkpointer", data: dict[str, 
     if checkpoint is None:
         return None, fresh
     saved = read_state(checkpoint)
-    before = settings_from_dict(RunConfig, saved.recipe)
+    before = settings_from_dict(type(config), saved.recipe)
     changes = differences(before, config)
     if others := identity_differences(saved.data, data):
         if any(saved.data.get(name) != data.get(name) for name in ("fingerprint", "shares")):
@@ -105,7 +125,7 @@ def find_start(config: RunConfig, checkpointer: "Checkpointer", data: dict[str, 
     if saved.zero_stage != stage:
         changes.append(f"engine.ds_config: ZeRO stage {saved.zero_stage} in the checkpoint, {stage} now")
     refuse_changes(checkpoint, changes)
-    return checkpoint, replace(fresh, step=saved.step, samples_consumed=saved.samples_consumed)
+    return checkpoint, replace(fresh, step=saved.step, samples_consumed=saved.samples_consumed, search=saved.search)
 
 
 def refuse_changes(run: Path, changes: list[str]) -> None:
@@ -130,7 +150,7 @@ class Checkpointer:
 
         Raises CheckpointError where it cannot be written; what there is of it is removed, and older ones stay.
         """
-        target = self.folder / f"step{state.step:08d}"
+        target = self.at_step(state.step)
         self.world.on_main(lambda: shutil.rmtree(target, ignore_errors=True))  # torn, or about to be replaced
         try:
             self._write(engine, target, state)
@@ -145,8 +165,13 @@ class Checkpointer:
                 "checkpoint.keep lower; the same command then goes on from the checkpoint before "
                 f"({first_line(error)})"
             ) from error
-        self.world.on_main(lambda: self._prune(target))
+        best = None if state.search is None else self.at_step(state.search.best_step)
+        self.world.on_main(lambda: self._prune(target, best))
         return target
+
+    def at_step(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return step_folder(self.folder, step)
 
     def load(self, engine: DeepSpeedEngine, checkpoint: Path) -> None:
         """Restore the engine and this rank's generators from a complete checkpoint."""
@@ -192,13 +217,18 @@ class Checkpointer:
         with atomic_file(self.folder / LATEST) as file:
             file.write(target.name.encode())
 
-    def _prune(self, newest: Path) -> None:
-        """Keep the last checkpoints up to `newest`. Later ones are of a future that was given up, damaged perhaps."""
+    def _prune(self, newest: Path, best: Path | None) -> None:
+        """Keep `best` and the last checkpoints up to `newest`. Later ones are of a future given up, damaged perhaps."""
         folders = [self.folder / tag for tag in _tags(self.folder)]
         sealed = [folder for folder in folders if folder <= newest and (folder / MANIFEST).exists()]
-        for old in set(folders) - set(sealed[: self.keep]):
+        for old in set(folders) - {*sealed[: self.keep], best}:
             (old / MANIFEST).unlink(missing_ok=True)  # first: what is left of it by a kill is torn, not damaged
             shutil.rmtree(old, ignore_errors=True)
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where, among the checkpoints of a run, that of a step lies."""
+    return checkpoints / f"step{step:08d}"
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -239,6 +269,13 @@ def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
             "runs/NAME/checkpoints/step00000100, with its manifest.json and every file that it lists"
         )
     return intact
+
+
+def intact_checkpoint(checkpoint: Path, world: World | None = None) -> Path:
+    """`checkpoint` itself; CheckpointError where it is not whole. With a world, all ranks look together."""
+    if faults := _faults(checkpoint, world):
+        raise CheckpointError(f"{checkpoint} is not intact ({faults[0]}): restore it, or remove the run to start anew")
+    return checkpoint
 
 
 def _is_young_run(path: Path) -> bool:

@@ -338,6 +338,10 @@ MAY_CHANGE = (
     "data.phases.*.micro_batch_size",
     "data.verify",
     "data.num_workers",
+    "task.data",  # of fine-tuning: files may move, as shards may
+    "task.train",
+    "task.validation",
+    "task.test",
     "engine.ds_config",
     "engine.checkpointing",
     "engine.checkpointing_timesteps",

@@ -1,13 +1,14 @@
 """Measures a trained model on text that it was not trained on: python -m pipeline.eval runs/decoder-tiny
 
 MODEL is a run, a checkpoint, or an exported folder. Decoders are measured on whole documents, in windows that overlap;
-encoders on the held-out rows, whose masked tokens they are to find.
+encoders on the held-out rows, whose masked tokens they are to find; fine-tuned models on the rows of their task.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from data_prep.recipes import run_command
 from data_prep.shards import ShardReader
 from models.amplitudes import keep_timesteps, spiking_stack
 from models.energy import ENERGY_TABLES, Passed
+from models.modeling import SpikeLMForSequenceClassification
 from pipeline.config import DataSettings, ObjectiveSettings, RunConfig
 from pipeline.corpus import open_folders
 from pipeline.documents import HELDOUT, check_shards, heldout_documents, text_documents
@@ -41,11 +43,42 @@ from pipeline.objectives import MaskedTokens, SpecialTokens
 from pipeline.options import count, usable_device
 from pipeline.shard_cache import ShardFolder
 from pipeline.spike_check import check_spikes
+from pipeline.task_evaluation import measure_task, open_task_rows
+from pipeline.task_metrics import METRICS
+from pipeline.tasks import VALIDATION
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """The measures that the command prints; a description of model and data comes first."""
-    model, tokenizer, run = _open(options)
+def evaluate(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The measures that the command prints, for each number of timesteps; a description of model and data comes first.
+
+    The last timesteps are taken from the model one after another: the most come first.
+    """
+    model, tokenizer, run = open_model(options.model, options.shards)
+    model.to(usable_device(options.device))
+    measure = _measure_of(model, tokenizer, run, options)
+    found = []
+    for number in sorted(set(options.num_timesteps or [model.config.num_timesteps]), reverse=True):
+        keep_timesteps(model, number)
+        description = {"model": str(options.model), "num_timesteps": number}
+        found.append({**description, **measure(), "energy_table": options.energy_table})
+    return found
+
+
+def _measure_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunConfig | None, options: argparse.Namespace
+) -> Callable[[], dict[str, Any]]:
+    """What measures the model as it then is. Raises ValueError for options that have no effect on such a model."""
+    if not isinstance(model, SpikeLMForSequenceClassification):
+        _refuse(options, ("task_recipe", "split"), "on a model that was not fine-tuned")
+        return partial(_measure_language, model, tokenizer, run, options)
+    _refuse(options, ("shards", "text", "window", "stride"), "on a fine-tuned model, which is measured on its task")
+    rows = open_task_rows(options.model, model, tokenizer, options.task_recipe, options.split or VALIDATION)
+    return partial(measure_task, model, rows, options.batch_size, ENERGY_TABLES[options.energy_table])
+
+
+def _measure_language(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunConfig | None, options: argparse.Namespace
+) -> dict[str, Any]:
     if options.shards and options.text:
         raise ValueError("--shards and --text: give one of them to measure on")
     data = run.data if run else DataSettings()
@@ -57,26 +90,21 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if (loss := values.get("causal_lm_loss")) is not None:
         values["perplexity"] = perplexity(loss)
         values["bits_per_byte"] = bits_per_byte(float(tally.sums[1, 0]), found["bytes"])
-    spikes = firing_values(spiking_stack(model), tally.stats)
     passed = Passed.in_rows(lengths, model.config.traits.causal, predictions=float(tally.sums[0, 0]))
-    table = ENERGY_TABLES[options.energy_table]
     return {
-        "model": str(options.model),
-        "num_timesteps": model.config.num_timesteps,
         **found,
         "targets": int(tally.sums[0, 0]),
         **values,
-        **spikes,
-        "energy_table": options.energy_table,
-        **energy_values(model.config, tally.stats, passed, table),
+        **firing_values(spiking_stack(model), tally.stats),
+        **energy_values(model.config, tally.stats, passed, ENERGY_TABLES[options.energy_table]),
     }
 
 
-def _open(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunConfig | None]:
-    model, tokenizer, run = open_model(options.model, options.shards)
-    if options.num_timesteps is not None:
-        keep_timesteps(model, options.num_timesteps)
-    return model.to(usable_device(options.device)), tokenizer, run
+def _refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """ValueError where one of the options is given, which has no effect then."""
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {why}: leave it out")
 
 
 def _measure_documents(
@@ -127,9 +155,7 @@ def _measure_rows(
 
     `lengths` get the tokens of each row.
     """
-    for name in ("text", "window", "stride"):
-        if getattr(options, name):
-            raise ValueError(f"--{name} has no effect on an encoder, which is measured on the rows of --shards")
+    _refuse(options, ("text", "window", "stride"), "on an encoder, which is measured on the rows of --shards")
     if not shards:
         raise ValueError("nothing to measure on: name a folder of shards by --shards")
     counts = [check_shards(folder, tokenizer, "pairs").counts[HELDOUT] for folder in shards]
@@ -162,6 +188,12 @@ def _in_order_of_training(shards: Sequence[ShardFolder]) -> list[ShardReader]:
     return [folder.reader(HELDOUT) for folder in folders]
 
 
+METRIC_NAMES = {
+    name: label
+    for metric in METRICS
+    for name, label in ((metric, metric.replace("_", " ")), (f"baseline_{metric}", "  of the trivial answer"))
+}
+
 NAMES = {
     "causal_lm_loss": "next-token loss (nat/token)",
     "causal_lm_accuracy": "next-token accuracy",
@@ -172,6 +204,9 @@ NAMES = {
     "next_sentence_loss": "next-sentence loss (nat/pair)",
     "next_sentence_accuracy": "next-sentence accuracy",
     "unigram_entropy": "unigram entropy of the same targets",
+    "classification_loss": "loss of classes (nat/row)",
+    "regression_loss": "squared error, mean over rows",
+    **METRIC_NAMES,
     "firing_rate": "firing rate, mean over sites",
     "spikes_per_token": "spikes per token, all timesteps",
     "energy_of_layers": "energy of layers (uJ/token)",
@@ -180,15 +215,21 @@ NAMES = {
 }
 
 
-def describe(values: dict[str, Any]) -> str:
-    """The measures as a table."""
+def describe(measured: Sequence[dict[str, Any]]) -> str:
+    """The measures as a table, a column for each number of timesteps."""
+    first = measured[0]
     sizes = ", ".join(
-        f"{values[name]:,} {name}" for name in ("documents", "rows", "targets", "bytes") if name in values
+        f"{first[name]:,} {name}" for name in ("documents", "rows", "targets", "truncated", "bytes") if name in first
     )
-    lines = [f"{values['model']}, T={values['num_timesteps']}, on {values['data']}: {sizes}"]
-    lines += [f"  {label:<38}{values[name]:.4f}" for name, label in NAMES.items() if name in values]
-    rates = values.get("firing_rate_by_site", {})
-    return "\n".join([*lines, *(f"    {site:<36}{rate:.4f}" for site, rate in rates.items())])
+    timesteps = [f"T={values['num_timesteps']}" for values in measured]
+    head = f"{first['model']}, {', '.join(timesteps)}, on {first['data']}: {sizes}"
+    rows = [(f"  {label}", [values[name] for values in measured]) for name, label in NAMES.items() if name in first]
+    sites = [values.get("firing_rate_by_site", {}) for values in measured]
+    rows += [(f"    {site}", [rates[site] for rates in sites]) for site in sites[0]]
+    cells = [("", timesteps)] if len(measured) > 1 else []
+    cells += [(label, [f"{value:.4f}" for value in values]) for label, values in rows]
+    lines = [f"{label:<40}" + "".join(f"{cell:<12}" for cell in each) for label, each in cells]
+    return "\n".join([head, *(line.rstrip() for line in lines)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,7 +252,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stride", type=count, help="tokens from window to window (default: half a window)")
     parser.add_argument("--batch-size", type=count, default=16, help="rows or windows at once (default: 16)")
     parser.add_argument(
-        "--num-timesteps", type=count, metavar="T", help="fewer spike timesteps than it was trained with"
+        "--task-recipe",
+        type=Path,
+        metavar="FILE",
+        help="recipe of pipeline.finetune that names the task's rows for a fine-tuned model (default: the run's own)",
+    )
+    parser.add_argument("--split", help="rows of the task to measure on (default: validation)")
+    parser.add_argument(
+        "--num-timesteps",
+        type=count,
+        action="append",
+        metavar="T",
+        help="fewer spike timesteps than it was trained with; repeatable, to compare",
     )
     parser.add_argument(
         "--energy-table",
@@ -225,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="measure nothing; prove that layers multiply spikes alone (exit status 1: they do not)",
     )
     parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measures there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measures there, too; of several T a list")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options))
 
@@ -233,19 +285,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.check_spikes:
         return _check(options)
-    values = evaluate(options)
-    print(describe(values))
+    measured = evaluate(options)
+    print(describe(measured))
     if options.json:
-        write_json(options.json, values)
+        write_json(options.json, measured if len(measured) > 1 else measured[0])
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
     """Look at what the model's layers multiply with on made-up text, and tell."""
-    for name in ("text", "window", "stride"):
-        if getattr(options, name):
-            raise ValueError(f"--{name} has no effect with --check-spikes, which makes up its text: leave it out")
-    model = _open(options)[0]
+    made_up = ("text", "window", "stride", "task_recipe", "split")
+    _refuse(options, made_up, "with --check-spikes, which makes up its text")
+    if len(options.num_timesteps or ()) > 1:
+        raise ValueError("--num-timesteps: --check-spikes looks at one number of timesteps: give one")
+    model, _, _ = open_model(options.model, options.shards)
+    keep_timesteps(model, *(options.num_timesteps or [model.config.num_timesteps]))
+    model.to(usable_device(options.device))
     found = check_spikes(model, {name: each.to(model.device) for name, each in probe_batch(model.config).items()})
     print(f"{len(found.spiking)} products are of spikes alone: linear layers, keys and values of the stack")
     print(f"real by design: {', '.join(found.real)}")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from data_prep.files import json_bytes
 from data_prep.recipes import run_command, settings_from_dict
-from pipeline.checkpoint import read_state, resolve_checkpoint
+from pipeline.checkpoint import TrainState, read_state
 from pipeline.config import RunConfig
 from pipeline.corpus import open_folders
 from pipeline.metrics import METRICS_FILE, read_metrics
-from pipeline.model import open_data, trained_model
-from pipeline.model_card import describe_model
+from pipeline.model import best_checkpoint, fine_tuned_model, is_fine_tuned, open_data, trained_model
+from pipeline.model_card import describe_model, describe_task_model
 from pipeline.model_folder import CARD, DTYPES, ExportError, refuse_to_replace, write_model_folder
 
 DATA_MANIFEST = "data_manifest.json"
@@ -27,7 +27,7 @@ DATA_MANIFEST = "data_manifest.json"
 def export(
     given: Path, output: Path, *, dtype: str = "float32", shards: Sequence[str] = (), overwrite: bool = False
 ) -> None:
-    """Export the checkpoint that `given` names (see resolve_checkpoint) to `output`, whole or not at all.
+    """Export the checkpoint that `given` names (see best_checkpoint) to `output`, whole or not at all.
 
     Args:
         dtype: of the weights, a name in DTYPES; amplitudes stay in fp32.
@@ -37,8 +37,11 @@ def export(
     Raises ValueError for input that cannot be exported, ExportError where the proof fails.
     """
     refuse_to_replace(output, overwrite)
-    checkpoint = resolve_checkpoint(given)
+    checkpoint = best_checkpoint(given)
     state = read_state(checkpoint)
+    if is_fine_tuned(state):
+        _export_fine_tuned(checkpoint, state, output, dtype, shards)
+        return
     config = settings_from_dict(RunConfig, state.recipe)
     manifests, tokenizer = open_data(open_folders(config.data, shards or None), state)
     model = trained_model(config, tokenizer, checkpoint).to(DTYPES[dtype])
@@ -46,6 +49,17 @@ def export(
     parts = {folder: asdict(manifest) for folder, manifest in manifests.items()}
     data = json_bytes(parts if config.data.mixture else next(iter(parts.values()))).decode()
     write_model_folder(model, tokenizer, output, {CARD: card, DATA_MANIFEST: data})
+
+
+def _export_fine_tuned(checkpoint: Path, state: TrainState, output: Path, dtype: str, shards: Sequence[str]) -> None:
+    if shards:
+        raise ValueError(
+            f"--shards {shards[0]} has no effect on a fine-tuned run, which has its tokenizer: leave it out"
+        )
+    model, tokenizer = fine_tuned_model(checkpoint)
+    model = model.to(DTYPES[dtype])
+    card = describe_task_model(model, state, _read_run(checkpoint, state.step))
+    write_model_folder(model, tokenizer, output, {CARD: card})
 
 
 def _read_run(checkpoint: Path, last_step: int) -> list[dict]:
@@ -57,7 +71,9 @@ def _read_run(checkpoint: Path, last_step: int) -> list[dict]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 where the proof fails; 2 for input that cannot be exported."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=__doc__.partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="a run, as runs/demo, for its newest checkpoint; or a checkpoint")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run, for its newest checkpoint (of a fine-tuned one its best); or a checkpoint"
+    )
     parser.add_argument("output", type=Path, help="the folder to make")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: float32)")
     parser.add_argument(

@@ -19,10 +19,19 @@ from models.modeling import (
     SpikeLMForCausalLM,
     SpikeLMForMaskedLM,
     SpikeLMForPreTraining,
+    SpikeLMForSequenceClassification,
     SpikeLMPreTrainedModel,
 )
 from models.warm_start import CheckpointTensors, WarmStartReport, llama_differences, load_bert, load_llama
-from pipeline.checkpoint import CheckpointError, TrainState, read_state, read_weights, resolve_checkpoint
+from pipeline.checkpoint import (
+    CheckpointError,
+    TrainState,
+    intact_checkpoint,
+    read_state,
+    read_weights,
+    resolve_checkpoint,
+    step_folder,
+)
 from pipeline.config import DataSettings, EngineSettings, RunConfig, is_decoder, zero_stage
 from pipeline.corpus import Corpus, open_folders, open_tokenizer
 from pipeline.engine import partition_weights
@@ -32,6 +41,8 @@ from pipeline.shard_cache import ShardFolder
 from pipeline.world import World
 
 POSITIONS = "position_embeddings.weight"
+MODEL_FOLDER = "model"
+"""Beside the checkpoints of a fine-tuned run: config.json and tokenizer of its model."""
 
 
 def build_model(config: RunConfig, corpus: Corpus, world: World) -> tuple[SpikeLMPreTrainedModel, list[str]]:
@@ -207,12 +218,7 @@ def trained_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpo
 
     Raises CheckpointError where the checkpoint is of another model.
     """
-    model = _untrained(config, tokenizer)
-    try:
-        model.load_state_dict(read_weights(checkpoint))
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint} does not fit the model of its recipe: {error}") from error
-    return model.eval()
+    return _with_weights(_untrained(config, tokenizer), checkpoint)
 
 
 def open_data(folders: Sequence[ShardFolder], state: TrainState) -> tuple[dict[str, Manifest], PreTrainedTokenizerBase]:
@@ -238,18 +244,54 @@ def open_model(
     """A trained model, its tokenizer and, where it is a run's, the run's settings.
 
     Args:
-        given: an exported folder, or what resolve_checkpoint takes.
+        given: an exported folder, or what best_checkpoint takes.
         shards: where the shards of a run may lie, if not where its recipe says.
 
     Raises ValueError where there is no such model; CheckpointError for a damaged one.
     """
     if not (given / CONFIG_NAME).is_file():
-        checkpoint = resolve_checkpoint(given)
+        checkpoint = best_checkpoint(given)
         state = read_state(checkpoint)
+        if is_fine_tuned(state):
+            return *fine_tuned_model(checkpoint), None
         config = settings_from_dict(RunConfig, state.recipe)
         _, tokenizer = open_data(_folders_of(config.data, shards or ()), state)
         return trained_model(config, tokenizer, checkpoint), tokenizer, config
     return *read_model_folder(given), None
+
+
+def is_fine_tuned(state: TrainState) -> bool:
+    """Whether a checkpoint is one of pipeline.finetune."""
+    return "task" in state.recipe
+
+
+def best_checkpoint(given: Path) -> Path:
+    """The checkpoint that `given` names (see resolve_checkpoint); of a fine-tuned run not the newest, but the best."""
+    checkpoint = resolve_checkpoint(given)
+    search = read_state(checkpoint).search
+    if search is None or checkpoint.resolve() == given.resolve():
+        return checkpoint
+    return intact_checkpoint(step_folder(checkpoint.parent, search.best_step))
+
+
+def fine_tuned_model(checkpoint: Path) -> tuple[SpikeLMForSequenceClassification, PreTrainedTokenizerBase]:
+    """The model of a fine-tuned run's checkpoint, ready for use, and its tokenizer.
+
+    Raises CheckpointError where the checkpoint does not lie in its run, or is of another model.
+    """
+    folder = checkpoint.resolve().parent.parent / MODEL_FOLDER
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{checkpoint} lies outside its run, whose {MODEL_FOLDER}/ it needs: name it there")
+    model = SpikeLMForSequenceClassification(SpikeLMConfig.from_pretrained(folder, local_files_only=True))
+    return _with_weights(model, checkpoint), load_tokenizer(folder)
+
+
+def _with_weights(model: SpikeLMPreTrainedModel, checkpoint: Path) -> SpikeLMPreTrainedModel:
+    try:
+        model.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint} does not fit the model of its recipe: {error}") from error
+    return model.eval()
 
 
 def _folders_of(data: DataSettings, others: Sequence[str]) -> list[ShardFolder]:

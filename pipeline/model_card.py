@@ -1,6 +1,7 @@
 """The model card of an exported folder: how to use the model, how well it does, and what was trained on what."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +16,9 @@ Record = Mapping[str, Any]
 TASKS = {False: ("fill-mask", "masked-lm"), True: ("text-generation", "causal-lm")}
 """Of encoders and decoders: transformers' pipeline, and a tag of the card."""
 
+CLASSIFIER = ("text-classification", "sequence-classification")
+"""The same of models with a head for tasks."""
+
 CODE = (
     "The folder carries the code of its model: torch and transformers are enough. Read that code before you trust it."
 )
@@ -24,6 +28,11 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 pipeline("fill-mask", model=FOLDER, trust_remote_code=True)("A word of this text is {mask}.")
 AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=2, trust_remote_code=True)  # to be fine-tuned"""
+
+CLASSIFIER_USAGE = """\
+from transformers import pipeline
+
+pipeline("text-classification", model=FOLDER, trust_remote_code=True)("A text.")"""
 
 DECODER_USAGE = """\
 from transformers import pipeline
@@ -54,9 +63,33 @@ def describe_model(
     return "\n\n".join([hub_header(model), title, *body]) + "\n"
 
 
+def describe_task_model(model: PreTrainedModel, state: TrainState, records: Sequence[Record]) -> str:
+    """The card of a fine-tuned model; `records` are its run's, up to the exported step."""
+    config, task = model.config, state.recipe["task"]
+    classes = ", ".join(config.id2label[number] for number in range(config.num_labels))
+    head = "gives one number for a text" if config.problem_type == "regression" else f"tells {classes} apart"
+    rows = [
+        (name, f"{value:.4f}")
+        for record in _last(records, "heldout")
+        for name, value in record.items()
+        if isinstance(value, float) and name != "spikes_per_token"
+    ]
+    sections = {
+        "Use": f"{CODE}\n\n{block('python', CLASSIFIER_USAGE)}\n\nAutoModelForSequenceClassification opens it as well.",
+        "Validation": table(("measure", "value"), rows) if rows else "Not recorded.",
+        "Firing rates": _firing_rates(records),
+        "Recipe": block("yaml", yaml.safe_dump(state.recipe, sort_keys=False)),
+    }
+    rows_of = task["name"] or task["train"] or task["data"]
+    summary = f"{_shape(model)} Fine-tuned for {state.step:,} steps on {rows_of}; it {head}."
+    body = [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n\n".join([hub_header(model), f"# {Path(state.recipe['output']).name}\n\n{summary}", *body]) + "\n"
+
+
 def hub_header(model: PreTrainedModel) -> str:
     """What model hubs read at the head of a card."""
-    task, tag = TASKS[model.config.traits.causal]
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    task, tag = CLASSIFIER if is_classifier else TASKS[model.config.traits.causal]
     tags = {"library_name": "transformers", "pipeline_tag": task, "tags": ["spikelm", "spiking", tag]}
     return f"---\n{yaml.safe_dump(tags, sort_keys=False)}---"
 
@@ -68,16 +101,20 @@ def _usage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{CODE}\n\n{usage}\n\nAutoModel, AutoModelForMaskedLM and AutoModelForPreTraining open it as well."
 
 
-def _summary(model: PreTrainedModel, state: TrainState) -> str:
+def _shape(model: PreTrainedModel) -> str:
     config, neuron = model.config, model.config.neuron
     spikes = f"{neuron.kind} neurons over {neuron.num_timesteps} timesteps before every linear layer"
     kind = "decoder" if config.traits.causal else "encoder"
     return (
         f"SpikeLM {kind} with {'no spiking neurons' if neuron.kind == 'none' else spikes}: "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, {model.num_parameters():,} parameters in "
-        f"{str(model.dtype).removeprefix('torch.')}, sequences of up to {config.max_position_embeddings} tokens. "
-        f"Pretrained for {state.step:,} steps on {state.samples_consumed:,} samples by {state.world_size} process(es)."
+        f"{str(model.dtype).removeprefix('torch.')}, sequences of up to {config.max_position_embeddings} tokens."
     )
+
+
+def _summary(model: PreTrainedModel, state: TrainState) -> str:
+    processes = f"{state.world_size} process(es)"
+    return f"{_shape(model)} Pretrained for {state.step:,} steps on {state.samples_consumed:,} samples by {processes}."
 
 
 def _losses(records: Sequence[Record]) -> str:

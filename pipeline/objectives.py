@@ -21,13 +21,19 @@ from pipeline.config import ObjectiveSettings, RunConfig, is_decoder
 from pipeline.mixing import Choice, mix
 
 IGNORED = -100
-"""The label of a position or row that does not count, as torch's cross_entropy has it."""
+"""The label of a position or row that does not count, as torch's cross_entropy has it; of numbers it is NaN."""
 
 
 Rows = Mapping[str, np.ndarray]
 """Rows of shards: one array [B, ...] per field."""
 
-LABELS = {"masked_lm": "labels", "next_sentence": "next_sentence_label", "causal_lm": "labels"}
+LABELS = {
+    "masked_lm": "labels",
+    "next_sentence": "next_sentence_label",
+    "causal_lm": "labels",
+    "classification": "labels",
+    "regression": "labels",
+}
 """Where a batch has the targets of a loss. Models give its sum over counted targets as `<name>_loss_sum`."""
 
 
@@ -185,7 +191,12 @@ def causal_batch(rows: Rows, *, end_id: int) -> dict[str, Tensor]:
 
 def count_targets(batch: Mapping[str, Tensor], losses: Sequence[str]) -> Tensor:
     """How many targets of each of `losses` count in `batch`, int64 [losses]."""
-    return torch.stack([(batch[LABELS[name]] != IGNORED).sum() for name in losses])
+    return torch.stack([is_counted(batch[LABELS[name]]).sum() for name in losses])
+
+
+def is_counted(labels: Tensor) -> Tensor:
+    """Which labels count, of any shape."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
 
 
 def loss_sums(output: object, losses: Sequence[str]) -> Tensor:
@@ -206,8 +217,13 @@ def without_targets(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy of `batch` that counts for nothing: no targets, and one token a row, so that attention stays defined."""
     mask = torch.zeros_like(batch["attention_mask"])
     mask[:, 0] = 1
-    labels = {name: torch.full_like(batch[name], IGNORED) for name in batch.keys() & LABELS.values()}
+    names = batch.keys() & set(LABELS.values())
+    labels = {name: torch.full_like(batch[name], _ignored_like(batch[name])) for name in names}
     return {**batch, **labels, "attention_mask": mask}
+
+
+def _ignored_like(labels: Tensor) -> float:
+    return float("nan") if labels.is_floating_point() else IGNORED
 
 
 def _choose(bits: np.ndarray, candidates: np.ndarray, probability: float) -> np.ndarray:

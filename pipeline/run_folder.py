@@ -13,6 +13,7 @@ from data_prep.files import atomic_file
 from data_prep.recipes import save_settings, settings_from_dict
 from pipeline.checkpoint import CheckpointError, refuse_changes
 from pipeline.config import RunConfig, differences
+from pipeline.finetune_config import TaskRun
 
 DONE = "DONE"
 """The file that says, alone, that a run is finished."""
@@ -24,7 +25,7 @@ LOCK = ".lock"
 class RunFolder:
     """Where everything about a run lies. Rank 0 alone opens it, which keeps other jobs out, and closes it."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig | TaskRun) -> None:
         self.config = config
         self.path = Path(config.output) / config.name
         self._lock: int | None = None
@@ -51,7 +52,7 @@ class RunFolder:
             )
         if not (self.path / DONE).exists():
             return False
-        saved = settings_from_dict(RunConfig, yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8")))
+        saved = settings_from_dict(type(self.config), yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8")))
         refuse_changes(self.path, differences(saved, self.config))
         self._say_finished()
         return True
@@ -99,8 +100,10 @@ class RunFolder:
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def _say_finished(self) -> None:
-        print(
-            f"{self.path} is finished. See it: python -m pipeline.report {self.path}. "
-            "To train longer, start another run: --name NAME --training.total_steps N",
-            flush=True,
-        )
+        more = ""
+        if isinstance(self.config, RunConfig):
+            more = (
+                f" See it: python -m pipeline.report {self.path}. "
+                "To train longer, start another run: --name NAME --training.total_steps N"
+            )
+        print(f"{self.path} is finished.{more}", flush=True)

@@ -78,7 +78,7 @@ class Trainer:
     def run(self) -> TrainState:
         """Train up to the last step (or training.stop_after_step, or a request); returns where the run stands then."""
         last = self._last_step()
-        if self._is_stopped():
+        if self._is_stopped() or self.is_over():
             return self.state  # a checkpoint of this state exists, or nothing has been done yet
         self._follow_phases()
         if self.state.step == 0:
@@ -101,11 +101,10 @@ class Trainer:
             with self.throughput.paused():
                 if stopped:  # first of all: there may not be time for more
                     self.checkpointer.save(self.engine, self.state)
-                if self._due(self.config.evaluation.every, last):
-                    self.metrics.log_evaluation(step, self.evaluate())
-                if not stopped and self._due(self.config.checkpoint.every, last):
+                to_keep = self._due(self.config.evaluation.every, last) and self._measure()
+                if to_keep or (not stopped and self._due(self.config.checkpoint.every, last)):
                     self.checkpointer.save(self.engine, self.state)
-            if stopped:
+            if stopped or self.is_over():
                 break
         return self.state
 
@@ -151,6 +150,15 @@ class Trainer:
         tally = tally_batches(self.engine, batches, self.losses).summed(self.world)
         values = {"samples_consumed": self.state.samples_consumed, **tally.values()}
         return values | firing_values(self.stack, tally.stats)
+
+    def is_over(self) -> bool:
+        """Whether there is nothing left to learn before the last step."""
+        return False
+
+    def _measure(self) -> bool:
+        """Evaluate and tell; whether a checkpoint has to be saved at once."""
+        self.metrics.log_evaluation(self.state.step, self.evaluate())
+        return False
 
     def _start(self) -> None:
         """Before the first step: amplitudes of a model that has none, and the losses of the untrained model."""

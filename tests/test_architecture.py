@@ -26,8 +26,12 @@ RUNNING_PARTS = {
     *("metrics", "documents", "evaluation", "options", "world", "ending", "stopping", "build_locks"),
     *("footprint", "tracing", "read_ahead", "remote", "shard_cache", "spike_check"),
     *("glue", "own_rows", "task_data", "task_files", "task_metrics"),
+    *("task_corpus", "task_evaluation", "task_model", "task_results", "task_trainer"),
 }
-FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "phases", "places", "tasks"}
+FOUNDATIONS = {"order", "mixing", "mixture", "objectives", "config", "rules", "phases", "places"} | {
+    "tasks",
+    "finetune_config",
+}
 SHARED_BY_DATA_PREP = {
     f"data_prep.{name}" for name in ("files", "manifest", "recipes", "shards", "sources", "tokenization")
 }

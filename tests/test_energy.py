@@ -122,6 +122,15 @@ def test_what_does_not_spike_grows_with_timesteps_and_head():
     assert once["neurons"].multiply_accumulates == 12 * 128 * (3 * D + 4 * D)
 
 
+def test_a_head_over_rows_costs_its_weights_and_biases():
+    config = preset("encoder-base")
+    with_head, without = (
+        other_operations(config, Passed.in_rows([128, 64], causal=False, classes=classes)) for classes in (3, 0)
+    )
+    assert with_head.pop("head") == without.pop("head") + Operations(2 * 3 * 768, 2 * 3)
+    assert with_head == without
+
+
 def test_energies_of_the_tables():
     operations = Operations(2e12, 3e12)
     joules = {name: operations.joules(table) for name, table in ENERGY_TABLES.items()}

@@ -192,9 +192,42 @@ def test_broken_tables_are_named_or_counted_by_rows(tmp_path):
     arrow.write_bytes(raw[: place + 4] + b"\xff\xff\xff\x7f" + raw[place + 8 :])
     with pytest.raises(SourceError, match=r"c\.arrow: broken table: rows 0 to 599 cannot be read: "):
         read(arrow)
-    (tmp_path / "b.arrow").write_bytes(b"no arrow at all")
-    with pytest.raises(SourceError, match=r"b\.arrow: broken table: "):
-        plan_units([str(tmp_path / "b.arrow")])
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "b.arrow"])
+def test_a_table_that_cannot_be_planned_is_counted_where_broken_content_is(tmp_path, name):
+    write(tmp_path / f"a.{name[2:]}")
+    (tmp_path / name).write_bytes(b"no table at all")
+    with pytest.raises(SourceError, match=rf"{name}: broken table: .*: fetch the file again"):
+        plan_units([str(tmp_path)])
+    units = plan_units([str(tmp_path)], skips_broken=True)
+    skipped = Counter()
+    assert [document.text for unit in units for document in read_unit(unit, skipped)] == TEXTS
+    assert skipped == {"broken table": 1}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_units_share_the_bytes_of_their_files(tmp_path, name):
+    path = write(tmp_path / name)
+    for unit_bytes in (1000, 10**7):
+        units = plan_units([str(path)], unit_bytes=unit_bytes)
+        assert sum(unit.num_bytes for unit in units) == path.stat().st_size
+        assert min(unit.num_bytes for unit in units) > 0
+
+
+@pytest.mark.parametrize("state", ["{}", "[]", '{"_data_files": [{}]}'])
+def test_a_saved_folder_without_its_list_of_files_is_named(tmp_path, state):
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path)
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(SourceError, match=r"state\.json lists no files \(_data_files\): fetch the folder again"):
+        input_files(str(tmp_path))
+
+
+def test_a_saved_folder_that_lacks_a_file_is_named(tmp_path):
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path, num_shards=2)
+    (tmp_path / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(SourceError, match=r"00001-of-00002\.arrow does not exist, but state\.json lists it"):
+        input_files(str(tmp_path))
 
 
 def test_cells_without_text_are_named_or_counted(tmp_path):
@@ -227,6 +260,22 @@ def test_a_tar_without_texts_and_one_with_two_of_a_name_are_refused(tmp_path):
     write_tar(tmp_path / "c.tar", [("1.json", b'{"body": "x"}'), ("1.txt", b"y"), ("2.json", b"{")])
     skipped = Counter()
     assert read(tmp_path / "c.tar", skipped) == ["y"] and skipped == {"not JSON": 1}
+
+
+def test_texts_in_a_tar_whose_names_have_several_dots_are_named_or_counted(tmp_path):
+    members = [
+        ("1.txt", b"one"),
+        ("1.note.JSON", b"{}"),
+        ("U.S. law.txt", b"law"),
+        ("2.x.bin", b""),
+        ("v.1/2.txt", b"2"),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    skipped = Counter()
+    assert read(tmp_path / "a.tar", skipped) == ["one", "2"]
+    assert skipped == {"name with several dots": 2}
+    with pytest.raises(SourceError, match=r"a\.tar: 1\.note\.JSON: name with several dots: leave one, before txt or"):
+        read(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.csv", "a.tar"])

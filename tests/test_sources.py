@@ -4,7 +4,16 @@ import json
 import pytest
 
 from data_prep import wikipedia
-from data_prep.sources import Document, SourceError, input_files, is_heldout, plan_units, read_unit, resolve_input
+from data_prep.sources import (
+    Document,
+    SourceError,
+    input_files,
+    is_heldout,
+    passed_over,
+    plan_units,
+    read_unit,
+    resolve_input,
+)
 
 HEAD = '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">\n<siteinfo><sitename>W</sitename></siteinfo>\n'
 
@@ -102,6 +111,25 @@ def test_folders_are_read_in_order_and_grouped(tmp_path):
     assert [len(unit.paths) for unit in units] == [2, 2, 2, 1]
     assert [unit.number for unit in units] == [0, 1, 2, 3]
     assert [document.text for document in read(tmp_path)] == [*(f"text {number}" for number in range(6)), "line"]
+
+
+def test_what_a_folder_holds_besides_is_counted(tmp_path):
+    inside, elsewhere = tmp_path / "inside", tmp_path / "elsewhere"
+    for folder in (inside / "sub", elsewhere):
+        folder.mkdir(parents=True)
+        for name in ("a.txt", "b.md", "c"):
+            (folder / name).write_text("text")
+    (inside / "link").symlink_to(elsewhere)
+    (inside / "up").symlink_to(inside)
+    (inside / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (inside / "linked.txt").symlink_to(elsewhere / "a.txt")
+    assert len(read(inside)) == 2
+    names = [str(inside), str(inside / "sub" / "a.txt")]
+    assert passed_over(names) == [
+        f"input {inside}: passed over: files of no known format (2)",
+        f"input {inside}: passed over: linked folders (2)",
+        f"input {inside}: passed over: links to nothing, or no files (1)",
+    ]
 
 
 def test_files_inside_packages_are_found_without_importing_them():

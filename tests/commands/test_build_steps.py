@@ -1,6 +1,8 @@
 """Steps of a build, each counted: what is broken, unlike prose, known from evaluation data, or there twice."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +106,58 @@ def test_a_build_that_broken_content_has_stopped_goes_on_without_it(build, tmp_p
     (tmp_path / "shards/.build/keys").write_text("")
     assert build("shards") == 0 and "nothing to do" in capsys.readouterr().out
     assert not (tmp_path / "shards/.build").exists()
+
+
+def test_a_build_counts_a_broken_table_and_tells_what_it_passes_over(build, inputs, tmp_path, capsys):
+    (tmp_path / "more/linked").mkdir(parents=True)
+    (tmp_path / "more/a.parquet").write_bytes(b"no table at all")
+    (tmp_path / "more/link").symlink_to(tmp_path / "more/linked")
+    more = f"--input={tmp_path / 'more'}"
+    assert build("shards", more) == 2
+    assert "a.parquet: broken table: " in capsys.readouterr().err
+    assert build("shards", "--on_error=skip", more) == 0
+    assert Manifest.load(tmp_path / "shards").sources[2].skipped == {"broken table": 1}
+    assert f"input {tmp_path / 'more'}: passed over: linked folders (1)\n" in capsys.readouterr().out
+    options = ["--kind=byte_bpe", "--vocab_size=300", "--heldout_fraction=0.1", f"--output={tmp_path / 'bytes'}"]
+    assert train_tokenizer.main([*inputs[0], more, *options, "--on_error=skip"]) == 0
+    said = capsys.readouterr().out
+    assert "cannot be read: 1 for: broken table" in said and "passed over: linked folders (1)" in said
+
+
+def test_the_tokenizer_lies_on_the_disk_before_the_manifest_says_so(build, tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor, really=os.fsync):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert build("shards", "--on_error=skip") == 0
+    root = tmp_path / "shards"
+    before = {*synced[: synced.index(root / ".manifest.json.tmp")]}
+    assert {root, root / "tokenizer", *(root / "tokenizer").iterdir()} <= before
+
+
+def test_a_tokenizer_is_there_until_its_successor_is(inputs, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "bytes"
+    words = [inputs[0][1], "--kind=byte_bpe", "--heldout_fraction=0.1", "--overwrite", f"--output={output}"]
+    assert train_tokenizer.main([*words, "--vocab_size=300"]) == 0
+    rename = Path.rename
+
+    def killed(path, target):
+        if path.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer.main([*words, "--vocab_size=310"])
+    assert not output.exists()
+    monkeypatch.setattr(Path, "rename", rename)
+    capsys.readouterr()
+    assert train_tokenizer.main([*words, "--vocab_size=300"]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert train_tokenizer.main([*words, "--vocab_size=310"]) == 0 and len(load_tokenizer(output)) == 310
+    assert [path.name for path in tmp_path.glob(".bytes*")] == []
 
 
 def test_a_tokenizer_within_the_output_is_left_alone(build, inputs, tmp_path, capsys):

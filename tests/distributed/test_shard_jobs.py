@@ -2,13 +2,16 @@
 
 import json
 import sys
+from collections import Counter
 from contextlib import contextmanager
 
 import psutil
 import pytest
+from datasets import Dataset
 
 from data_prep import build_shards, train_tokenizer, verify_shards
 from data_prep.manifest import Manifest, Tally
+from data_prep.sources import plan_units
 from tests.launcher import BIN, ROOT, run, started
 from tests.ranks import wait_for
 
@@ -111,6 +114,33 @@ def test_a_job_whose_rank_is_killed_goes_on_with_another_number_of_ranks(corpus,
     assert (output / ".build").exists()
     assert build_shards.main(words) == 0
     assert contents(output) == alone
+
+
+@pytest.fixture(scope="module")
+def tables(corpus, tmp_path_factory, prose):
+    """Arguments of a build from a folder of parquet and one that `datasets` saved, which repeat documents."""
+    folder = tmp_path_factory.mktemp("tables")
+    (folder / "parquet").mkdir()
+    rows = Dataset.from_dict({"number": range(400), "text": prose(400)})
+    for number, part in enumerate((range(200), range(150, 300))):
+        rows.select(part).to_parquet(folder / "parquet" / f"{number}.parquet", batch_size=40)
+    rows.select(range(250, 400)).save_to_disk(folder / "saved", num_shards=2)
+    inputs = [f"--input={folder / name}" for name in ("parquet", "saved")]
+    return [*inputs, *(word for word in corpus if not word.startswith("--input="))]
+
+
+def test_ranks_build_what_one_does_from_tables(tables, tmp_path):
+    inputs = [word.removeprefix("--input=") for word in tables if word.startswith("--input=")]
+    units = Counter(unit.source for unit in plan_units(inputs, unit_bytes=int(0.016 * 2**20)))
+    assert units[0] > 2 and units[1] > 1
+    assert build_shards.main([*tables, f"--output={tmp_path / 'alone'}"]) == 0
+    result = run(under_mpi(2, *BUILD, *tables, f"--output={tmp_path / 'ranks'}"), timeout=120, **AS_ROOT)
+    assert result.returncode == 0, result.stdout
+    alone = contents(tmp_path / "alone")
+    assert contents(tmp_path / "ranks") == alone
+    parquet, saved = Manifest.load(tmp_path / "alone").sources
+    assert [source.read.documents for source in (parquet, saved)] == [350, 150]
+    assert [source.dropped["duplicate"].documents for source in (parquet, saved)] == [50, 50]
 
 
 def test_input_that_one_rank_cannot_read_ends_all(corpus, tmp_path):
