@@ -13,6 +13,7 @@ from pipeline.task_files import Table, dataset_table, load_saved, read_table
 from pipeline.tasks import TEST, TRAIN, VALIDATION, Examples, Task, TaskSettings, own_task
 
 MOST_CLASSES = 1000
+LARGEST = float(np.finfo(np.float32).max)
 SHOWN = 10  # of a list of classes, in an error
 
 
@@ -128,7 +129,7 @@ def _class_of(classes: Sequence[str], origin: str) -> Callable[[Any], int]:
 
 def _value(label: Any) -> float:
     number = _number(label)
-    if number is None or abs(number) > np.finfo(np.float32).max:
+    if number is None or abs(number) > LARGEST:
         raise ValueError(f"{label!r:.80} is no finite number of 32 bits: mend it, or set task.kind classification")
     return number
 

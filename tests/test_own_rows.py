@@ -13,7 +13,7 @@ import pytest
 from pipeline.task_data import open_task
 from pipeline.tasks import TaskSettings
 
-ROWS = [("fine, really", "good"), ('he said "no"', "bad"), ("two\nlines", "good"), ("naïve 日本 ", "bad")]
+ROWS = [("fine, really", "good"), ('he said "no"', "bad"), ("two\nlines", "good"), ("naïve\u2028日本\x85 ", "bad")]
 
 
 def write_csv(path, rows, header=("text", "label"), delimiter=","):
@@ -137,6 +137,7 @@ def test_a_folder_of_datasets(tmp_path):
 
 TABLES = [
     ("a.csv", "", "a.csv: it is empty: name another file"),
+    ("a.csv", "text,label\ra,good\rb,bad\r", "a.csv: its first line is not CSV: .*, and end lines by a line feed"),
     ("a.csv", "text,label\n", "a.csv: it holds no rows: name another file"),
     ("a.csv", "a fine day,good\na bad day,bad\n", "no column 'text', only 'a fine day', 'good': set task.text, .* the"),
     ("a.csv", "text,label,text\na,b,c\n", "a.csv: the column 'text' stands 2 times: rename all but one"),
@@ -212,6 +213,9 @@ def test_labels_that_do_not_match(tmp_path):
     values = write_csv(tmp_path / "values.csv", [("a", "0.5"), ("b", "nan")])
     with pytest.raises(ValueError, match="values.csv, line 3: in column 'label' 'nan' is no finite number"):
         own(values, kind="regression")
+    large = write_csv(tmp_path / "large.csv", [("a", "3.4e38"), ("b", "-1e39")])
+    with pytest.raises(ValueError, match="large.csv, line 3: in column 'label' '-1e39' is no finite number of 32 bits"):
+        own(large)
 
 
 def test_a_wrong_delimiter_is_told_from_a_wrong_column(tmp_path):
