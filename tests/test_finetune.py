@@ -101,6 +101,9 @@ def test_steps_follow_from_rows_and_epochs(recipe):
     run = task_run(recipe("--training.epochs", "2.5", "--selection.per_epoch", "2"), 7, 100, 16)
     assert (run.training.total_steps, run.evaluation.every, run.schedule.warmup_steps) == (16, 3, 2)
     assert (run.seed, run.name, run.data.sample_length) == (7, "seed-7", 16)
+    sizes = {"global_batch_size": 16, "micro_batch_size": 4, "stop_after_step": 9}
+    stopped = task_run(recipe("--training.stop_after_step", "9"), 7, 100, 16).training
+    assert sizes.items() <= vars(stopped).items() and stopped.firing_penalty == 0
     other = task_run(recipe("--selection.early_stopping", "1", "--task.test", "null"), 7, 100, 16)
     assert differences(task_run(recipe(), 7, 100, 16), other) == ["selection.early_stopping: 0 in the run, 1 now"]
     glue = recipe()
