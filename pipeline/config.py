@@ -338,7 +338,8 @@ MAY_CHANGE = (
     "data.phases.*.micro_batch_size",
     "data.verify",
     "data.num_workers",
-    "task.data",  # of fine-tuning: files may move, as shards may
+    "model.shards",  # of fine-tuning: folders and files may move, as shards may
+    "task.data",
     "task.train",
     "task.validation",
     "task.test",

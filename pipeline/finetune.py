@@ -86,8 +86,9 @@ def _open_task(settings: TaskSettings, world: World) -> TaskData:
 
 
 def _corpus(run: TaskRun, material: Material, world: World) -> TaskCorpus:
-    tokenizer, data = tokenizer_fingerprint(material.start.tokenizer), material.data
-    return TaskCorpus(run, world, data, tokenizer, material.rows, TaskObjective.of(data.task))
+    start, data = material.start, material.data
+    tokenizer = tokenizer_fingerprint(start.tokenizer)
+    return TaskCorpus(run, world, data, tokenizer, start.fingerprint, material.rows, TaskObjective.of(data.task))
 
 
 def _train_seed(run: TaskRun, material: Material, world: World, stop: StopRequest) -> TaskTrainer | None:

@@ -206,10 +206,15 @@ def task_run(config: FinetuneConfig, seed: int, num_rows: int, length: int) -> T
         ),
         engine=config.engine,
         training=TrainingSettings(
-            total_steps, training.global_batch_size, training.micro_batch_size, training.stop_after_step
+            total_steps=total_steps,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            stop_after_step=training.stop_after_step,
         ),
         selection=selection,
-        evaluation=EvaluationSettings(max(1, round(steps_of_epoch / selection.per_epoch)), selection.micro_batch_size),
+        evaluation=EvaluationSettings(
+            every=max(1, round(steps_of_epoch / selection.per_epoch)), micro_batch_size=selection.micro_batch_size
+        ),
         checkpoint=config.checkpoint,
         logging=config.logging,
     )

@@ -76,6 +76,8 @@ class TaskCorpus:
     data: TaskData
     tokenizer: str
     """Its fingerprint."""
+    start: str | None
+    """Fingerprint of the weights that are started from; None: random ones."""
     rows: Mapping[str, EncodedRows]
     objective: TaskObjective
 
@@ -105,7 +107,8 @@ class TaskCorpus:
 
     def identity(self) -> dict[str, Any]:
         """What decides which samples come when, and what is evaluated; kept in every checkpoint."""
-        return {**order_identity(self.rows[TRAIN], self.order), "tokenizer_fingerprint": self.tokenizer}
+        fingerprints = {"tokenizer_fingerprint": self.tokenizer, "start_fingerprint": self.start}
+        return {**order_identity(self.rows[TRAIN], self.order), **fingerprints}
 
     def _loader(self, position: int) -> ElasticLoader:
         return ElasticLoader(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.tokenization import load_tokenizer, vocabulary_size
@@ -27,6 +28,8 @@ class Start:
     config: SpikeLMConfig
     tokenizer: PreTrainedTokenizerBase
     model: SpikeLMPreTrainedModel | None
+    fingerprint: str | None
+    """xxh3-128 of the trained weights, in hexadecimal: a run that has gone on since has others."""
 
 
 def open_start(settings: StartSettings) -> Start:
@@ -59,7 +62,7 @@ def open_start(settings: StartSettings) -> Start:
         )
     if not SpikeLMForSequenceClassification.fits(config):
         raise ValueError(f"model.preset {settings.preset} is a decoder: tasks are learned by encoders; name one")
-    return Start(config, tokenizer, model)
+    return Start(config, tokenizer, model, None if model is None else _fingerprint(model))
 
 
 def build_task_model(
@@ -125,6 +128,14 @@ def _copy_body(model: SpikeLMForSequenceClassification, trained: SpikeLMPreTrain
     if not same_neuron:
         remarks.append("other neurons than the trained model's: amplitudes are measured anew")
     return remarks
+
+
+def _fingerprint(model: SpikeLMPreTrainedModel) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _is_amplitude(name: str) -> bool:

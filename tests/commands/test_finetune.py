@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from pipeline.eval import main as evaluate
 from pipeline.export import main as export
 from pipeline.metrics import read_metrics
 from pipeline.model import open_model
@@ -151,6 +152,28 @@ def test_an_export_of_the_best_classifies_wherever_transformers_is(finetuned, tm
         assert torch.equal(tensor, model.state_dict()[name]), name
     card = (tmp_path / "exported/README.md").read_text()
     assert "text-classification" in card and "it tells bad, good apart" in card
+
+
+def test_a_seed_is_measured_on_its_own_rows_over_fewer_timesteps_too(finetuned, tmp_path, capsys):
+    run, written = finetuned / "two/seed-1", tmp_path / "measures.json"
+    result = json.loads((run / "result.json").read_text())
+    timesteps = ["--num-timesteps", "1", "--num-timesteps", "4"]
+    assert evaluate([str(run), *timesteps, "--device", "cpu", "--json", str(written)]) == 0
+    whole, first = json.loads(written.read_text())
+    metrics = result["metrics"]["validation"]
+    assert metrics.items() <= whole.items() and (whole["num_timesteps"], first["num_timesteps"]) == (4, 1)
+    best = next(line for line in lines_of(run, "heldout") if line["step"] == result["best_step"])
+    assert whole["classification_loss"] == pytest.approx(best["classification_loss"], rel=1e-5)
+    assert whole["classification_loss"] != pytest.approx(first["classification_loss"], rel=1e-3)
+    assert first["energy_of_layers"] < whole["energy_of_layers"]
+    rows = finetuned / "validation.jsonl"
+    text = rows.read_text()
+    rows.write_text(text.partition("\n")[2])
+    try:
+        assert evaluate([str(run)]) == 2
+    finally:
+        rows.write_text(text)
+    assert "was fine-tuned on other rows than its recipe names now" in capsys.readouterr().err
 
 
 def test_other_rows_are_refused_by_name(finetuned):

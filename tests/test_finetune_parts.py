@@ -1,11 +1,13 @@
 """The parts of fine-tuning: its settings, what it starts from, its rows, its losses, the search for the best."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_prep.recipes import ConfigError
 from models.amplitudes import spiking_stack
@@ -16,6 +18,7 @@ from pipeline.checkpoint import Search
 from pipeline.config import differences
 from pipeline.finetune import _prepare
 from pipeline.finetune_config import StartSettings, load_finetune_config, task_run
+from pipeline.loader import identity_differences
 from pipeline.objectives import IGNORED, count_targets, loss_sums, without_targets
 from pipeline.task_corpus import EncodedRows, TaskCorpus, TaskObjective
 from pipeline.task_model import build_task_model, open_start
@@ -98,6 +101,9 @@ def test_steps_follow_from_rows_and_epochs(recipe):
     run = task_run(recipe("--training.epochs", "2.5", "--selection.per_epoch", "2"), 7, 100, 16)
     assert (run.training.total_steps, run.evaluation.every, run.schedule.warmup_steps) == (16, 3, 2)
     assert (run.seed, run.name, run.data.sample_length) == (7, "seed-7", 16)
+    sizes = {"global_batch_size": 16, "micro_batch_size": 4, "stop_after_step": 9}
+    stopped = task_run(recipe("--training.stop_after_step", "9"), 7, 100, 16).training
+    assert sizes.items() <= vars(stopped).items() and stopped.firing_penalty == 0
     other = task_run(recipe("--selection.early_stopping", "1", "--task.test", "null"), 7, 100, 16)
     assert differences(task_run(recipe(), 7, 100, 16), other) == ["selection.early_stopping: 0 in the run, 1 now"]
     glue = recipe()
@@ -136,6 +142,20 @@ def test_fewer_timesteps_keep_the_first_amplitudes_and_other_neurons_none(recipe
     assert dropout.config.hidden_dropout_prob == 0.3
     with pytest.raises(ValueError, match="model.neuron.num_timesteps is 0"):
         open_start(StartSettings(start=str(trained), neuron={"num_timesteps": 0}))
+
+
+def test_weights_that_are_started_from_are_known_by_their_contents(trained, tmp_path):
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    start, again = (open_start(StartSettings(start=str(folder))) for folder in (trained, moved))
+    assert start.fingerprint == again.fingerprint
+    weights = load_file(moved / "model.safetensors")
+    weights["mlm_head.norm.bias"][3] += 1e-3
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    assert open_start(StartSettings(start=str(moved))).fingerprint != start.fingerprint
+    assert open_start(StartSettings(start=str(moved), from_scratch=True)).fingerprint is None
+    corpora = [replace(make_corpus([0, 1] * 4), start=name) for name in ("a", "b")]
+    (difference,) = identity_differences(*(corpus.identity() for corpus in corpora))
+    assert difference == "start_fingerprint: 'a' in the checkpoint, 'b' now"
 
 
 def test_what_cannot_be_started_from_is_told(recipe, trained, tmp_path):
@@ -189,7 +209,7 @@ def make_corpus(labels, task=CLASSES, batch=4):
         seed = 3
         training = evaluation = type("Batches", (), {"global_batch_size": batch, "micro_batch_size": batch})
 
-    return TaskCorpus(Sizes, OneProcess(), data, "t", rows, TaskObjective.of(task))
+    return TaskCorpus(Sizes, OneProcess(), data, "t", None, rows, TaskObjective.of(task))
 
 
 def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
