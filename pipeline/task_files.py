@@ -172,6 +172,13 @@ def _csv_rows(path: str, lines: Sequence[str], delimiter: str) -> Iterator[tuple
             ) from None
         if cells is None:
             return
+        if delimiter == "\t" and any(
+            "\n" in cell and "\t" in cell for cell in cells
+        ):  # rows that an open quote took up
+            raise ValueError(
+                f"{path}, line {line}: a cell that begins with a double quote holds tabs and ends in line "
+                f"{rows.line_num}: double the quotes within cells, or write the file as JSON lines"
+            )
         if cells:
             yield line, cells
 

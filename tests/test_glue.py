@@ -319,6 +319,13 @@ def test_a_submission_is_what_the_server_takes(tmp_path, name, split, prediction
     assert path.read_bytes() == f"index\tprediction\n{rows}".encode()
 
 
+@pytest.mark.parametrize(("name", "predictions"), [("cola", [0, -1]), ("cola", [0.0, 1.0]), ("stsb", [1.0, np.nan])])
+def test_what_no_prediction_can_be_is_not_submitted(tmp_path, name, predictions):
+    with pytest.raises(ValueError, match="predictions: "):
+        write_submission(tmp_path, TASKS[name], "test", np.array(predictions), [0, 1])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_submission_names_rows_as_the_test_set_does(glue, tmp_path):
     data = read("mnli", glue)
     path = write_submission(tmp_path, data.task, "test_mismatched", np.array([1]), data.splits["test_mismatched"].ids)

@@ -201,6 +201,29 @@ def test_a_parquet_file_that_is_cut(files):
         own(path)
 
 
+def test_an_open_quote_takes_up_no_rows(tmp_path):
+    rows = [f"{index}\tsome text {index}\tyes" for index in range(40)]
+    rows[3], rows[34] = '3\t"some text 3\tno', '34\tsome text\tno"'
+    path = tmp_path / "open.tsv"
+    path.write_text("\n".join(["id\ttext\tlabel", *rows]) + "\n")
+    with pytest.raises(ValueError, match=r"open.tsv, line 5: a cell that begins .* ends in line 36: double the quotes"):
+        own(path)
+
+
+@pytest.mark.parametrize("label", [[0], {"a": 0}, "one\ntwo"])
+def test_what_names_no_class(tmp_path, label):
+    path = write_json(tmp_path / "a.jsonl", [{"text": f"text {i}", "label": i % 2 if i else label} for i in range(8)])
+    with pytest.raises(ValueError, match="a.jsonl, line 1: in column 'label' .* names no class: write a word"):
+        own(path, kind="classification")
+
+
+def test_a_label_that_is_nan_is_an_empty_one(tmp_path):
+    labels = pa.array([0.0, 1.0, float("nan"), 1.0])
+    pq.write_table(pa.table({"text": list("abcd"), "label": labels}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet, row 2: column 'label' is empty there, as in 1 of 4 rows"):
+        own(tmp_path / "a.parquet", kind="classification")
+
+
 def test_labels_that_do_not_match(tmp_path):
     train = write_csv(tmp_path / "train.csv", [("a", "good"), ("b", "bad")])
     other = write_csv(tmp_path / "other.csv", [("c", "good"), ("d", "neutral")])
