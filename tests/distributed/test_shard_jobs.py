@@ -5,6 +5,8 @@ import sys
 from contextlib import contextmanager
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep import build_shards, train_tokenizer, verify_shards
@@ -111,6 +113,23 @@ def test_a_job_whose_rank_is_killed_goes_on_with_another_number_of_ranks(corpus,
     assert (output / ".build").exists()
     assert build_shards.main(words) == 0
     assert contents(output) == alone
+
+
+def test_a_parquet_folder_gives_the_same_bytes_by_any_ranks(corpus, prose, tmp_path):
+    texts = prose(240)
+    (tmp_path / "parquet").mkdir()
+    for number in range(3):
+        rows = pa.table({"id": range(80), "text": texts[80 * number : 80 * number + 80]})
+        pq.write_table(rows, tmp_path / "parquet" / f"{number}.parquet", row_group_size=10)
+    words = [*(word for word in corpus if not word.startswith("--input=")), f"--input={tmp_path / 'parquet'}"]
+    assert build_shards.main([*words, f"--output={tmp_path / 'alone'}"]) == 0
+    for ranks in (1, 2):
+        result = run(under_mpi(ranks, *BUILD, *words, f"--output={tmp_path / str(ranks)}"), timeout=300, **AS_ROOT)
+        assert result.returncode == 0, result.stdout
+    first = contents(tmp_path / "alone")
+    assert len([path for path in first if path.match("train/*.tar")]) > 2
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == first
+    assert Manifest.load(tmp_path / "alone").sources[0].read.documents == 240
 
 
 def test_input_that_one_rank_cannot_read_ends_all(corpus, tmp_path):
