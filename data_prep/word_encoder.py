@@ -10,6 +10,7 @@ Unigram                     its pieces have the sign for a space at their beginn
 """
 
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -35,6 +36,7 @@ class WordRules:
     Attributes:
         state: the tokenizer without what it puts before a text
         prefix: what it puts before a text that is not empty
+        cut: where texts are cut into words; None: at every space, which then is in no word
         parts: where words can be cut once more, if they can
         plain: words that can be encoded in one text, with `joint` between them: they begin with a token of `begins`,
             and have no other one of them. None for Unigram: far on in a text its sums are rounded, and of several
@@ -44,6 +46,7 @@ class WordRules:
 
     state: dict[str, Any]
     prefix: str
+    cut: re.Pattern[str] | None
     parts: re.Pattern[str] | None
     plain: re.Pattern[str] | None = None
     joint: str = ""
@@ -57,20 +60,21 @@ class WordEncoder:
         """`encode` gives the ids of texts by the tokenizer `rules.state`."""
         self._encode = encode
         self._rules = rules
-        self._ids: dict[str, Sequence[int]] = {}
+        self._cut = rules.cut.split if rules.cut else lambda text: text.split(" ")
+        self._ids: dict[str, bytes] = {}  # uint32: numbers of Python would be all over the memory
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if len(self._ids) > MOST_WORDS:
             self._ids.clear()
         prefix = self._rules.prefix
-        words = [_CUT.split(prefix + text) if text else [] for text in texts]
+        words = [self._cut(prefix + text) if text else [] for text in texts]
         new = set(chain.from_iterable(words)).difference(self._ids)
         self._learn(new)
-        found = [list(chain.from_iterable(map(self._ids.__getitem__, each))) for each in words]
+        found = [b"".join(map(self._ids.__getitem__, each)) for each in words]
         for word in new:
             if len(word) > LONGEST_WORD:
                 del self._ids[word]
-        return found
+        return [np.frombuffer(each, np.uint32).tolist() for each in found]
 
     def _learn(self, words: set[str]) -> None:
         if self._rules.parts is None:
@@ -79,20 +83,20 @@ class WordEncoder:
         parts = {word: self._rules.parts.split(word) for word in words}
         self._ids.update(self._encoded(set(chain.from_iterable(parts.values())).difference(self._ids)))
         for word, each in parts.items():
-            self._ids[word] = list(chain.from_iterable(map(self._ids.__getitem__, each)))
+            self._ids[word] = b"".join(map(self._ids.__getitem__, each))
 
-    def _encoded(self, words: set[str]) -> dict[str, Sequence[int]]:
+    def _encoded(self, words: set[str]) -> dict[str, bytes]:
         """Ids of words. A text for each would take three times as long as one text of many."""
         plain = [word for word in words if self._rules.plain and self._rules.plain.fullmatch(word)]
         ids = self._encode([self._rules.joint.join(plain)])[0]
         starts = np.flatnonzero(self._rules.begins[ids]).tolist() if ids else []
         if len(starts) != len(plain):  # a vocabulary in which a letter or the space is missing
             plain, starts = [], []
-        found: dict[str, Sequence[int]] = {
-            word: ids[start:stop] for word, start, stop in zip(plain, starts, [*starts[1:], len(ids)], strict=False)
-        }
+        packed, stops = array("I", ids).tobytes(), [*starts[1:], len(ids)]
+        found = {word: packed[4 * i : 4 * j] for word, i, j in zip(plain, starts, stops, strict=False)}
         rest = list(words.difference(found))
-        found.update(zip(rest, self._encode(rest), strict=True))
+        encoded = (array("I", each).tobytes() for each in self._encode(rest))
+        found.update(zip(rest, encoded, strict=True))
         return found
 
 
@@ -109,7 +113,7 @@ def _berts_rules(state: dict[str, Any]) -> WordRules | None:
         return None
     begins = ~_beginning_with(state["model"]["continuing_subword_prefix"], state["model"]["vocab"])
     parts = re.compile(f"(?<={_PUNCTUATION})|(?={_PUNCTUATION})")
-    return WordRules(state, "", parts, re.compile(" ?[A-Za-z0-9]+"), " ", begins)
+    return WordRules(state, "", None, parts, re.compile("[A-Za-z0-9]+"), " ", begins)
 
 
 def _byte_level_rules(state: dict[str, Any]) -> WordRules | None:
@@ -118,7 +122,7 @@ def _byte_level_rules(state: dict[str, Any]) -> WordRules | None:
     if not is_gpts or _normalizers(state) not in ([], ["Lowercase"]) or state["model"]["dropout"]:
         return None
     begins = _beginning_with("Ġ", state["model"]["vocab"])  # the space among the signs for bytes
-    return WordRules(state, "", None, re.compile(r" \S+"), "", begins)
+    return WordRules(state, "", _CUT, None, re.compile(r" \S+"), "", begins)
 
 
 def _unigram_rules(state: dict[str, Any]) -> WordRules | None:
@@ -133,7 +137,7 @@ def _unigram_rules(state: dict[str, Any]) -> WordRules | None:
     # A space that is no piece would be unknown together with what stands before it.
     if SPACE not in pieces or any(SPACE in piece[1:] for piece in pieces):
         return None
-    return WordRules(state, prefix, None)
+    return WordRules(state, prefix, _CUT, None)
 
 
 def _beginning_with(mark: str, vocabulary: dict[str, int]) -> np.ndarray:
