@@ -32,7 +32,7 @@ from data_prep.shards import (
 )
 from data_prep.tokenization import load_tokenizer, tokenizer_fingerprint
 
-MANIFEST_VERSION = 3
+MANIFEST_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")

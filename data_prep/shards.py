@@ -21,14 +21,13 @@ import numpy as np
 import pydantic
 import xxhash
 
+from data_prep.block_runs import BlockRun, Size, block_runs
 from data_prep.files import atomic_file, hash_file, json_bytes, read_record
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_NAME = "index.json"
 OPEN_SHARDS = 256  # descriptors a reader keeps: a process may have 1,024 by default, and training has two readers
 REMEDY = "copy the file again, or build the shards anew"
-
-Size = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]  # what offsets in a file are, and numbers of rows
 
 
 class CorruptShard(ValueError):
@@ -74,13 +73,16 @@ def row_fields(layout: str, row_length: int, ids_type: str) -> tuple[Field, ...]
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the index knows of one tar: `rows` of each block, and in `offsets` where each field's blocks begin."""
+    """What the index knows of one tar."""
 
     name: str
     bytes: Size
     xxh3_128: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{32}$")]
-    rows: list[pydantic.PositiveInt]
-    offsets: dict[str, list[Size]]
+    runs: list[BlockRun]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(run.blocks * run.rows for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,18 @@ class ShardIndex:
     def _check_blocks(self, shard: ShardRecord, path: Path) -> None:
         if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
             raise CorruptShard(f"{path}: {shard.name!r} is no name of a shard in this folder; {REMEDY}")
-        expected = {field.name: len(shard.rows) for field in self.fields}
-        found = {name: len(offsets) for name, offsets in shard.offsets.items()}
-        if found != expected:
-            raise CorruptShard(f"{path}: {shard.name} has block offsets {found}, expected {expected}; {REMEDY}")
-        for field in self.fields:
-            for rows, offset in zip(shard.rows, shard.offsets[field.name], strict=True):
-                if offset + rows * field.row_bytes > shard.bytes:
-                    block = f"{rows} rows of {field.name} at {offset}"
+        widths = {field.name: field.row_bytes for field in self.fields}
+        for run in shard.runs:
+            if run.offsets.keys() != widths.keys():
+                found, expected = ", ".join(run.offsets), ", ".join(widths)
+                raise CorruptShard(f"{path}: {shard.name} has block offsets of {found}, expected {expected}; {REMEDY}")
+            if run.blocks > 1 and run.stride < run.rows * sum(widths.values()):
+                block = f"blocks of {run.rows} rows every {run.stride} bytes"
+                raise CorruptShard(f"{path}: {shard.name} has {block}, which is too little; {REMEDY}")
+            for name, first in run.offsets.items():
+                offset = first + (run.blocks - 1) * run.stride
+                if offset + run.rows * widths[name] > shard.bytes:
+                    block = f"{run.rows} rows of {name} at {offset}"
                     raise CorruptShard(f"{path}: {shard.name} has {block}, but {shard.bytes} bytes; {REMEDY}")
 
 
@@ -235,7 +241,7 @@ class _OpenShard:
         self._tar.close()
         self.stack.close()
         digest = self._file.digest.hexdigest()
-        return ShardRecord(f"{self.stem}.tar", self._file.bytes, digest, self.rows, self.offsets)
+        return ShardRecord(f"{self.stem}.tar", self._file.bytes, digest, block_runs(self.rows, self.offsets))
 
 
 class _HashedFile:
@@ -265,7 +271,7 @@ def _npy_bytes(array: np.ndarray) -> bytes:
 class ShardReader:
     """The rows of a folder of shards by their ids. Shards are opened when first read, and anew in every process.
 
-    Memory grows with the number of blocks, not of rows. Copies by fork or by pickling may be used at once.
+    Memory grows with the number of shards, not of rows. Copies by fork or by pickling may be used at once.
 
     Attributes:
         row_length: positions of a row
@@ -287,13 +293,13 @@ class ShardReader:
         self.fingerprint = hash_file(self.folder / INDEX_NAME)
         self._index_fields = index.fields
         self._files = [(shard.name, shard.bytes, shard.xxh3_128) for shard in index.shards]
-        rows = np.array([count for shard in index.shards for count in shard.rows], np.int64)
-        self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])  # of each block, and the total
-        blocks = [len(shard.rows) for shard in index.shards]
-        self._shard_of_block = np.repeat(np.arange(len(index.shards), dtype=np.int32), blocks)
-        self._offsets = {
-            name: _compact([offset for shard in index.shards for offset in shard.offsets[name]]) for name in self.fields
-        }
+        runs = [(number, run) for number, shard in enumerate(index.shards) for run in shard.runs]
+        rows = np.array([run.blocks * run.rows for _, run in runs], np.int64)
+        self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)])  # of each run, and the total
+        self._shard_of_run = np.array([number for number, _ in runs], np.int64)
+        self._block_rows = np.array([run.rows for _, run in runs], np.int64)
+        self._strides = np.array([run.stride for _, run in runs], np.int64)
+        self._offsets = {name: np.array([run.offsets[name] for _, run in runs], np.int64) for name in self.fields}
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently used first
 
     def __len__(self) -> int:
@@ -308,12 +314,13 @@ class ShardReader:
     @property
     def index_bytes(self) -> int:
         """Memory of what is kept of the index."""
-        return sum(array.nbytes for array in (self._first_row, self._shard_of_block, *self._offsets.values()))
+        runs = (self._first_row, self._shard_of_run, self._block_rows, self._strides)
+        return sum(array.nbytes for array in (*runs, *self._offsets.values()))
 
     @property
     def rows_per_shard(self) -> int:
         """Rows of the largest shard; 0 where there is none."""
-        return int(np.bincount(self._shard_of_block, np.diff(self._first_row)).max(initial=0))
+        return int(np.bincount(self._shard_of_run, np.diff(self._first_row)).max(initial=0))
 
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
@@ -332,14 +339,15 @@ class ShardReader:
         if sample_ids.size and not 0 <= sample_ids.min() <= sample_ids.max() < len(self):
             found = f"{sample_ids.min()} to {sample_ids.max()}"
             raise IndexError(f"sample ids {found}, but {self.folder} has rows 0 to {len(self) - 1}")
-        blocks = np.searchsorted(self._first_row, sample_ids, side="right") - 1
-        rows = sample_ids - self._first_row[blocks]
-        shards = self._shard_of_block[blocks].tolist()
+        runs = self._runs_of(sample_ids)
+        blocks, rows = np.divmod(sample_ids - self._first_row[runs], self._block_rows[runs])
+        starts = blocks * self._strides[runs]
+        shards = self._shard_of_run[runs].tolist()
         few = len(set(shards)) <= self.open_shards
         descriptor = {shard: self._descriptor(shard) for shard in set(shards)}.get if few else self._descriptor
         batch = {}
         for field in self._index_fields:
-            offsets = self._offsets[field.name][blocks].astype(np.int64) + rows * field.row_bytes
+            offsets = self._offsets[field.name][runs] + starts + rows * field.row_bytes
             places = list(zip(shards, offsets.tolist(), strict=True))
             size = field.row_bytes
             pieces = [os.pread(descriptor(shard), size, offset) for shard, offset in places]
@@ -347,6 +355,13 @@ class ShardReader:
                 joined = bytearray().join(map(self._whole, places, pieces, repeat(size)))
             batch[field.name] = np.frombuffer(joined, field.dtype).reshape(field.shape(len(pieces)))
         return batch
+
+    def shards_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Numbers of the shards that hold these rows: int64 [n]."""
+        return self._shard_of_run[self._runs_of(sample_ids)]
+
+    def _runs_of(self, sample_ids: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._first_row, sample_ids, side="right") - 1
 
     def _whole(self, place: tuple[int, int], piece: bytes, size: int) -> bytes:
         """What a read of `size` bytes has given, and what it lacks: a network file system may give less than it has."""
@@ -406,11 +421,6 @@ class ShardReader:
         return [f"{path}: not in {INDEX_NAME}; remove it" for path in strays]
 
 
-def _compact(offsets: list[int]) -> np.ndarray:
-    """In half the space where no shard has 4 GB."""
-    return np.array(offsets, np.uint32 if max(offsets, default=0) < 1 << 32 else np.int64)
-
-
 def size_fault(path: Path, size: int) -> str | None:
     """What is wrong with a file that should have `size` bytes."""
     if not os.path.isfile(path):  # also where it has a name that no file can have
@@ -426,7 +436,7 @@ def _shard_faults(folder: Path, shard: ShardRecord, fields: Sequence[Field]) -> 
     if (found := hash_file(path)) != shard.xxh3_128:
         return [f"{path}: xxh3_128 {found}, expected {shard.xxh3_128}; {REMEDY}"]
     try:
-        if _scan_members(path, fields) == (shard.rows, shard.offsets):
+        if _scan_members(path, fields) == shard.runs:
             return []
     except CorruptShard as error:
         return list(error.faults)
@@ -439,12 +449,11 @@ def scan_shard(path: Path, fields: Sequence[Field]) -> ShardRecord:
     Raises:
         CorruptShard: no tar, or a member that is not one of our blocks: WebDataset would run what some suffixes hold.
     """
-    rows, offsets = _scan_members(path, fields)
-    return ShardRecord(path.name, path.stat().st_size, hash_file(path), rows, offsets)
+    runs = _scan_members(path, fields)
+    return ShardRecord(path.name, path.stat().st_size, hash_file(path), runs)
 
 
-def _scan_members(path: Path, fields: Sequence[Field]) -> tuple[list[int], dict[str, list[int]]]:
-    """Rows of each block, and byte offsets of each field's blocks."""
+def _scan_members(path: Path, fields: Sequence[Field]) -> list[BlockRun]:
     counts: list[int] = []
     offsets: dict[str, list[int]] = {field.name: [] for field in fields}
     try:
@@ -464,7 +473,7 @@ def _scan_members(path: Path, fields: Sequence[Field]) -> tuple[list[int], dict[
         raise CorruptShard(f"{path}: not a whole tar file: {error}; {REMEDY}") from None
     if {len(places) for places in offsets.values()} != {len(counts)}:
         raise CorruptShard(f"{path}: the last block lacks members, expected {', '.join(offsets)}; {REMEDY}")
-    return counts, offsets
+    return block_runs(counts, offsets)
 
 
 def _read_block_header(tar: tarfile.TarFile, member: tarfile.TarInfo, field: Field, path: Path) -> tuple[int, int]:

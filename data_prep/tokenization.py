@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_prep.files import hash_json
 from data_prep.origin import Origin
+from data_prep.word_encoder import WordEncoder, word_rules
 
 TRAINING_RECORD = "training.json"  # beside a tokenizer of ours: what it was trained on
 
@@ -86,9 +88,16 @@ def document_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...],
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TokenEncoder:
     """A function from texts to their ids, whole and without special tokens; "[SEP]" or "</s>" in a text is text.
 
-    It works on a copy, so that padding or truncation set on `tokenizer` changes nothing.
+    It works on a copy, so that padding or truncation set on `tokenizer` changes nothing. Where words are known to be
+    independent they are encoded once each, which gives the same ids.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = word_rules(state)
+    return _encoder_of(state) if rules is None else WordEncoder(_encoder_of(rules.state), rules)
+
+
+def _encoder_of(state: dict[str, Any]) -> TokenEncoder:
+    backend = Tokenizer.from_str(json.dumps(state))
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True

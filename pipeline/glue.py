@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.files import atomic_file
 from pipeline.task_files import Table, dataset_table, first_line, is_saved, load_saved, read_lines
+from pipeline.task_metrics import check_values
 from pipeline.tasks import (
     DIAGNOSTIC,
     HUB,
@@ -321,8 +322,10 @@ def write_submission(folder: Path, task: Task, split: str, predictions: np.ndarr
         predictions: numbers of classes, or values [N]
         ids: Examples.ids of the rows
 
-    Of all but GLUE's test sets the file is <split>.tsv, with classes by name and values as they are.
+    Of all but GLUE's test sets the file is <split>.tsv, with classes by name and values as they are. Raises ValueError
+    for what no prediction can be.
     """
+    check_values(task, "predictions", predictions)
     name = SUBMISSIONS.get((task.name, split)) if TASKS.get(task.name) == task else None
     if task.classes:
         classes = task.classes if name is None else _words(task)

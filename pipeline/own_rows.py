@@ -13,6 +13,7 @@ from pipeline.task_files import Table, dataset_table, load_saved, read_table
 from pipeline.tasks import TEST, TRAIN, VALIDATION, Examples, Task, TaskSettings, own_task
 
 MOST_CLASSES = 1000
+LARGEST = float(np.finfo(np.float32).max)
 SHOWN = 10  # of a list of classes, in an error
 
 
@@ -84,21 +85,25 @@ def _number(label: Any) -> float | None:
 
 
 def _is_empty(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, str) and not cell.strip())
+    is_nan = isinstance(cell, float) and math.isnan(cell)  # what tables have where nothing is
+    return cell is None or is_nan or (isinstance(cell, str) and not cell.strip())
 
 
 def _class_name(label: Any) -> str:
-    """One name for 1, 1.0 and " 1", as files of several kinds may have them."""
+    """One name for 1, 1.0 and " 1", as files of several kinds may have them; ValueError for what names no class."""
+    if not isinstance(label, (str, int, float)) or (isinstance(label, str) and len(label.strip().splitlines()) > 1):
+        raise ValueError(f"{label!r:.80} names no class: write a word or a number")
     if isinstance(label, bool):
         return str(label).lower()
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    return str(label).strip()
+    return " ".join(str(label).split())
 
 
 def _classes(table: Table, column: str) -> tuple[str, ...]:
     """The classes of the rows to learn from: in the order of numbers, where all are whole numbers, else of letters."""
-    counts = Counter(_class_name(label) for label in table.columns[column] if not _is_empty(label))
+    names = _read_labels(table, column, lambda label: None if _is_empty(label) else _class_name(label))
+    counts = Counter(name for name in names if name is not None)
     if len(counts) == 1:
         raise ValueError(
             f"{table.path}: column {column!r} has one class alone, {next(iter(counts))!r}: name another by task.label, "
@@ -128,7 +133,7 @@ def _class_of(classes: Sequence[str], origin: str) -> Callable[[Any], int]:
 
 def _value(label: Any) -> float:
     number = _number(label)
-    if number is None or abs(number) > np.finfo(np.float32).max:
+    if number is None or abs(number) > LARGEST:
         raise ValueError(f"{label!r:.80} is no finite number of 32 bits: mend it, or set task.kind classification")
     return number
 
@@ -159,13 +164,18 @@ def _texts(table: Table, column: str) -> list[str]:
 
 def _labels(table: Table, column: str, label_of: Callable[[Any], float]) -> np.ndarray:
     _refuse_empty(table, column)
+    return np.array(_read_labels(table, column, label_of), np.float32 if label_of is _value else np.int64)
+
+
+def _read_labels(table: Table, column: str, read: Callable[[Any], Any]) -> list[Any]:
+    """What `read` makes of each label; its ValueErrors with their place."""
     labels = []
     for row, cell in enumerate(table.columns[column]):
         try:
-            labels.append(label_of(cell))
+            labels.append(read(cell))
         except ValueError as error:
             raise ValueError(f"{table.place(row)}: in column {column!r} {error}") from None
-    return np.array(labels, np.float32 if label_of is _value else np.int64)
+    return labels
 
 
 def _refuse_empty(table: Table, column: str) -> None:

@@ -145,8 +145,7 @@ class CachedReader(ShardReader):
 
     def fetch(self, sample_ids: np.ndarray) -> None:
         """Have the shards of these rows in the cache, those of the first rows first. Raises RemoteError."""
-        shards = self._shard_of_block[np.searchsorted(self._first_row, sample_ids, side="right") - 1]
-        numbers, first = np.unique(shards, return_index=True)
+        numbers, first = np.unique(self.shards_of(sample_ids), return_index=True)
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             for _ in pool.map(lambda shard: self.cache.fetch(*self._place(shard)), numbers[np.argsort(first)]):
                 pass

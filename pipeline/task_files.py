@@ -134,17 +134,27 @@ def _read_csv(path: str, names: Sequence[str], optional: Sequence[str], delimite
 
 def _header(path: str, line: str, names: Sequence[str], delimiter: str | None) -> tuple[str, list[str]]:
     """Delimiter and names of the columns: by the delimiter that gives all `names`, else by that which gives most."""
-    headers = {each: next(csv.reader([line], delimiter=each)) for each in DELIMITERS}
+    headers = {each: _cells(path, line, each) for each in DELIMITERS}
     fitting = [each for each in DELIMITERS if set(names) <= set(headers[each])]
     if delimiter is None:
         delimiter = fitting[0] if fitting else max(DELIMITERS, key=lambda each: len(headers[each]))
-    found = next(csv.reader([line], delimiter=delimiter))
+    found = _cells(path, line, delimiter)
     if not set(names) <= set(found):
         missing = next(name for name in names if name not in found)
         other = f"the delimiter is {fitting[0]!r}, not {delimiter!r}: set task.delimiter" if fitting else ""
         error = no_column(path, missing, found)
         raise ValueError(f"{path}: {other}" if other else f"{error}; the first line must name the columns")
     return delimiter, found
+
+
+def _cells(path: str, line: str, delimiter: str) -> list[str]:
+    """The names of the columns in the first line."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: its first line is not CSV: {error}: write the columns' names there, and end lines by a line feed"
+        ) from None
 
 
 def _csv_rows(path: str, lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -162,6 +172,13 @@ def _csv_rows(path: str, lines: Sequence[str], delimiter: str) -> Iterator[tuple
             ) from None
         if cells is None:
             return
+        if delimiter == "\t" and any(
+            "\n" in cell and "\t" in cell for cell in cells
+        ):  # rows that an open quote took up
+            raise ValueError(
+                f"{path}, line {line}: a cell that begins with a double quote holds tabs and ends in line "
+                f"{rows.line_num}: double the quotes within cells, or write the file as JSON lines"
+            )
         if cells:
             yield line, cells
 

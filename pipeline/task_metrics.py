@@ -27,7 +27,7 @@ def compute_metrics(task: Task, predictions: np.ndarray, labels: np.ndarray) -> 
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     for name, values in {"predictions": predictions, "labels": labels}.items():
-        _check_values(task, name, values)
+        check_values(task, name, values)
     if len(predictions) != len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels: give one for each")
     return {name: float(METRICS[name](predictions, labels)) for name in task.metrics}
@@ -39,7 +39,8 @@ def baseline_metrics(task: Task, train: Examples, validation: Examples) -> dict[
     return compute_metrics(task, np.full(len(validation), answer), validation.labels)
 
 
-def _check_values(task: Task, name: str, values: np.ndarray) -> None:
+def check_values(task: Task, name: str, values: np.ndarray) -> None:
+    """ValueError where `values` cannot be labels or predictions of a task."""
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{name} have the shape {list(values.shape)}: give one for each of some rows")
     if not np.isfinite(values).all():

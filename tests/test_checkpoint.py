@@ -107,7 +107,7 @@ def test_the_names_in_latest_are_for_others(checkpointer, run):
 def test_a_checkpoint_that_is_named_is_the_one_that_is_taken(checkpointer, run):
     older, newest = (checkpointer.save(Engine(), _state(run, step)) for step in (1, 2))
     assert resolve_checkpoint(older) == older
-    assert resolve_checkpoint(run) == resolve_checkpoint(checkpointer.folder) == newest
+    assert resolve_checkpoint(checkpointer.folder.parent) == resolve_checkpoint(checkpointer.folder) == newest
     (older / "weights.pt").unlink()
     with pytest.raises(CheckpointError, match="step00000001 is no intact checkpoint"):
         resolve_checkpoint(older)

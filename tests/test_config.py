@@ -222,10 +222,6 @@ FAULTS = [
         ["--model.neuron.kind", "none", "--engine.recompute_hidden", "true"],
         "engine.recompute_hidden: True has no effect with model.neuron.kind none",
     ),
-    (
-        ["--model.neuron.kind", "lif", "--training.firing_penalty", "0.1"],
-        "training.firing_penalty: 0.1 has no effect with model.neuron.kind lif: elastic neurons alone",
-    ),
     (["--engine.spike_backend", "cuda"], "engine.spike_backend: 'cuda' should be 'auto', 'torch', 'cpp' or 'triton'"),
     (["--training.stop_after_step", "11"], "training.stop_after_step: 11 comes after"),
     (["--resume", "nowhere"], "resume: 'nowhere' is neither auto nor never"),

@@ -8,6 +8,7 @@ from models.amplitudes import SpikeStats, calibrate_amplitudes, firing_sum, spik
 from models.config import NeuronConfig
 from models.neuron import run_memoryless, run_neuron
 from models.spike_linear import Firing, spike, spike_linear
+from pipeline.config import load_run_config
 
 T, B, L, D = 3, 2, 5, 9
 
@@ -71,3 +72,9 @@ def test_it_can_be_lowered_by_its_gradient(checkpointing):
         output.firing_sum.backward()
         optimizer.step()
     assert rates[-1] < 0.97 * rates[0]
+
+
+def test_neurons_without_that_gradient_are_refused():
+    lif = ["--recipe", "tests/distributed/tiny.yaml", "--model.neuron.kind", "lif", "--training.firing_penalty", "0.1"]
+    with pytest.raises(ValueError, match="firing_penalty: 0.1 has no effect with model.neuron.kind lif: elastic"):
+        load_run_config(lif)

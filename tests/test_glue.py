@@ -88,6 +88,19 @@ PAIRS = {
 EXPECTED = SINGLE | PAIRS
 
 
+CLASSES = {
+    "cola": ("unacceptable", "acceptable"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "stsb": (),
+    "qqp": ("not_duplicate", "duplicate"),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+    "wnli": ("not_entailment", "entailment"),
+}
+
+
 def rows_of(examples):
     columns = [examples.texts, *([] if examples.pairs is None else [examples.pairs])]
     labels = [None] * len(examples) if examples.labels is None else examples.labels.tolist()
@@ -97,7 +110,7 @@ def rows_of(examples):
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_is_read_as_it_lies_in_glues_folder(glue, name):
     data = read(name, glue)
-    assert data.task == TASKS[name]
+    assert data.task == TASKS[name] and data.task.classes == CLASSES[name]
     assert {split: rows_of(examples) for split, examples in data.splits.items()} == EXPECTED[name]
     kind = np.int64 if data.task.classes else np.float32
     assert all(each.labels is None or each.labels.dtype == kind for each in data.splits.values())
@@ -304,6 +317,13 @@ def test_a_submission_is_what_the_server_takes(tmp_path, name, split, prediction
     path = write_submission(tmp_path, TASKS[name], split, np.array(predictions, kind), range(len(predictions)))
     assert path == tmp_path / file
     assert path.read_bytes() == f"index\tprediction\n{rows}".encode()
+
+
+@pytest.mark.parametrize(("name", "predictions"), [("cola", [0, -1]), ("cola", [0.0, 1.0]), ("stsb", [1.0, np.nan])])
+def test_what_no_prediction_can_be_is_not_submitted(tmp_path, name, predictions):
+    with pytest.raises(ValueError, match="predictions: "):
+        write_submission(tmp_path, TASKS[name], "test", np.array(predictions), [0, 1])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_submission_names_rows_as_the_test_set_does(glue, tmp_path):

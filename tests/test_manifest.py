@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.block_runs import BlockRun
 from data_prep.manifest import (
     SPLITS,
     Counts,
@@ -114,7 +115,8 @@ def load_index(path):
     return ShardIndex.load(path.parent)
 
 
-SHARD = ShardRecord("train-000000-0000.tar", 1024, "aa", [3, 2], {field.name: [128, 512] for field in PLAN.fields})
+RUNS = [BlockRun(2, 3, 512, {field.name: 128 for field in PLAN.fields})]
+SHARD = ShardRecord("train-000000-0000.tar", 1024, "aa", RUNS)
 RECORDS = [
     (Manifest.load_file, "manifest.json", replace(PLAN, counts={"train": Counts(1, 2)}, indexes={"train": "x"})),
     (
@@ -146,11 +148,11 @@ def test_an_edited_record_loads_or_is_refused_by_name(tmp_path_factory, load, na
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "manifest.json: version 1, expected 3"),
+        ({"version": 1}, "manifest.json: version 1, expected 4"),
         ({"vocab_size": "many"}, "vocab_size: Input should be a valid integer"),
         ({"surprise": 1}, "surprise: Unexpected keyword argument"),
         ({"a\x1eb": 1}, r"json: 'a\\x1eb': Unexpected keyword argument"),  # which would end a line
-        ({"version": "\x1e"}, r"version '\\x1e', expected 3"),
+        ({"version": "\x1e"}, r"version '\\x1e', expected 4"),
         ({"origin": {"settings": {}}}, "origin.inputs: Field required"),
         ({"origin": {"settings": {}, "inputs": []}}, r"manifest.json: origin\.settings\.row_length is None"),
         ({"origin": {"settings": {"row_length": True}, "inputs": []}}, "row_length is True"),

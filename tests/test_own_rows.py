@@ -13,7 +13,7 @@ import pytest
 from pipeline.task_data import open_task
 from pipeline.tasks import TaskSettings
 
-ROWS = [("fine, really", "good"), ('he said "no"', "bad"), ("two\nlines", "good"), ("naïve 日本 ", "bad")]
+ROWS = [("fine, really", "good"), ('he said "no"', "bad"), ("two\nlines", "good"), ("naïve\u2028日本\x85 ", "bad")]
 
 
 def write_csv(path, rows, header=("text", "label"), delimiter=","):
@@ -137,6 +137,7 @@ def test_a_folder_of_datasets(tmp_path):
 
 TABLES = [
     ("a.csv", "", "a.csv: it is empty: name another file"),
+    ("a.csv", "text,label\ra,good\rb,bad\r", "a.csv: its first line is not CSV: .*, and end lines by a line feed"),
     ("a.csv", "text,label\n", "a.csv: it holds no rows: name another file"),
     ("a.csv", "a fine day,good\na bad day,bad\n", "no column 'text', only 'a fine day', 'good': set task.text, .* the"),
     ("a.csv", "text,label,text\na,b,c\n", "a.csv: the column 'text' stands 2 times: rename all but one"),
@@ -200,6 +201,29 @@ def test_a_parquet_file_that_is_cut(files):
         own(path)
 
 
+def test_an_open_quote_takes_up_no_rows(tmp_path):
+    rows = [f"{index}\tsome text {index}\tyes" for index in range(40)]
+    rows[3], rows[34] = '3\t"some text 3\tno', '34\tsome text\tno"'
+    path = tmp_path / "open.tsv"
+    path.write_text("\n".join(["id\ttext\tlabel", *rows]) + "\n")
+    with pytest.raises(ValueError, match=r"open.tsv, line 5: a cell that begins .* ends in line 36: double the quotes"):
+        own(path)
+
+
+@pytest.mark.parametrize("label", [[0], {"a": 0}, "one\ntwo"])
+def test_what_names_no_class(tmp_path, label):
+    path = write_json(tmp_path / "a.jsonl", [{"text": f"text {i}", "label": i % 2 if i else label} for i in range(8)])
+    with pytest.raises(ValueError, match="a.jsonl, line 1: in column 'label' .* names no class: write a word"):
+        own(path, kind="classification")
+
+
+def test_a_label_that_is_nan_is_an_empty_one(tmp_path):
+    labels = pa.array([0.0, 1.0, float("nan"), 1.0])
+    pq.write_table(pa.table({"text": list("abcd"), "label": labels}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet, row 2: column 'label' is empty there, as in 1 of 4 rows"):
+        own(tmp_path / "a.parquet", kind="classification")
+
+
 def test_labels_that_do_not_match(tmp_path):
     train = write_csv(tmp_path / "train.csv", [("a", "good"), ("b", "bad")])
     other = write_csv(tmp_path / "other.csv", [("c", "good"), ("d", "neutral")])
@@ -212,6 +236,9 @@ def test_labels_that_do_not_match(tmp_path):
     values = write_csv(tmp_path / "values.csv", [("a", "0.5"), ("b", "nan")])
     with pytest.raises(ValueError, match="values.csv, line 3: in column 'label' 'nan' is no finite number"):
         own(values, kind="regression")
+    large = write_csv(tmp_path / "large.csv", [("a", "3.4e38"), ("b", "-1e39")])
+    with pytest.raises(ValueError, match="large.csv, line 3: in column 'label' '-1e39' is no finite number of 32 bits"):
+        own(large)
 
 
 def test_a_wrong_delimiter_is_told_from_a_wrong_column(tmp_path):

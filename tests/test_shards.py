@@ -97,7 +97,7 @@ def test_any_rows_come_back(tmp_path_factory, num_rows, seed, pieces, rows_per_b
     rows_per_shard = rows_per_block * blocks_per_shard
     whole, rest = divmod(num_rows, rows_per_shard)
     index = ShardIndex.load(folder)
-    assert [sum(shard.rows) for shard in index.shards] == [rows_per_shard] * whole + [rest] * (rest > 0)
+    assert [shard.num_rows for shard in index.shards] == [rows_per_shard] * whole + [rest] * (rest > 0)
     assert [shards.scan_shard(folder / shard.name, FIELDS) for shard in index.shards] == list(index.shards)
 
 
@@ -322,15 +322,23 @@ def break_index(folder, **changes):
 
 def test_a_broken_index_is_refused(folder):
     first = asdict(ShardIndex.load(folder).shards[0])
-    end = max(first["offsets"][field.name][-1] + 8 * field.row_bytes for field in FIELDS)
+    *_, run = first["runs"]
+    last = (run["blocks"] - 1) * run["stride"]
+    end = max(run["offsets"][field.name] + last + run["rows"] * field.row_bytes for field in FIELDS)
+
+    def with_run(**changes):
+        return [{**first, "runs": [{**run, **changes}]}]
+
     break_index(folder, shards=[{**first, "bytes": end}])
     assert len(ShardReader(folder)) == 24
     for changes, message in [
-        ({"version": 2}, "version 2, expected 1"),
-        ({"version": 1, "row_length": "x"}, "row_length: Input should be a valid integer"),
+        ({"version": 1}, "version 1, expected 2"),
+        ({"version": 2, "row_length": "x"}, "row_length: Input should be a valid integer"),
         ({"row_length": 16, "shards": [{**first, "name": "../x.tar"}]}, "no name of a shard"),
-        ({"shards": [{**first, "rows": [8]}]}, "block offsets"),
-        ({"shards": [{**first, "rows": [8, 8, 0]}]}, "shards.0.rows.2: Input should be greater than 0"),
+        ({"shards": with_run(offsets={"ids": 512})}, "block offsets of ids, expected ids, length"),
+        ({"shards": with_run(rows=0)}, "shards.0.runs.0.rows: Input should be greater than 0"),
+        ({"shards": with_run(stride=0)}, "blocks of 8 rows every 0 bytes, which is too little"),
+        ({"shards": with_run(blocks=1 << 70)}, r"has 8 rows of \w+ at [0-9]{20}"),
         ({"shards": [{**first, "bytes": 1 << 63}]}, "shards.0.bytes: Input should be less than"),
         ({"shards": [{**first, "bytes": end - 1}]}, rf"has 8 rows of \w+ at \d+, but {end - 1} bytes"),
         ({"shards": [], "row_length": 15}, "row_length 15, but ids of 16"),

@@ -172,6 +172,7 @@ def test_the_fingerprint_is_of_all_that_is_learned(tmp_path):
         ({"data": ".", "train": "a.csv"}, "task.train: 'a.csv' has no effect beside task.data: leave one of them out"),
         ({"train": "nowhere.csv"}, "task.train: 'nowhere.csv' is no file: name one that exists"),
         ({"train": "setup.cfg", "delimiter": ",,"}, "task.delimiter: ',,' is not one character"),
+        ({"train": "setup.cfg", "delimiter": '"'}, "task.delimiter: '\"' is not one character that can part cells"),
         ({"train": "setup.cfg", "text": "label"}, "task.text, task.text_pair, task.label: 'label' stands twice"),
     ],
 )

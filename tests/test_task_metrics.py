@@ -67,15 +67,15 @@ def test_metrics_of_two_classes(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_metrics_of_several_classes(seed):
     rng = np.random.default_rng(seed)
-    labels, predictions = rng.integers(0, 4, 60), rng.integers(0, 3, 60)
-    own = own_task(tuple("abcde"), pairs=False)  # e is nowhere, d is never predicted
+    labels, predictions = rng.integers(0, 3, 60), rng.integers(1, 4, 60)
+    own = own_task(tuple("abcde"), pairs=False)  # a is never predicted, d predicted alone, e is nowhere
     expected = {
         "accuracy": np.sum(labels == predictions) / 60,
         "macro_f1": sum(f1(predictions, labels, number) for number in range(4)) / 4,
     }
     assert compute_metrics(own, predictions, labels) == pytest.approx(expected, abs=1e-12)
-    three = labels % 3
-    assert compute_metrics(TASKS["mnli"], predictions, three) == {"accuracy": np.mean(predictions == three)}
+    three = predictions % 3
+    assert compute_metrics(TASKS["mnli"], three, labels) == {"accuracy": np.mean(three == labels)}
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -49,7 +49,7 @@ def test_a_writer_holds_a_block_and_names_whole_shards_alone(tmp_path):
         writer.write(rows(7))
         assert len(writer._waiting["ids"]) == 1
         assert [path.name for path in tmp_path.glob("*.tar")] == ["train-000000-0000.tar"]
-        assert [sum(record.rows) for record in writer.finish()] == [4, 3]
+        assert [record.num_rows for record in writer.finish()] == [4, 3]
     assert len(list(tmp_path.glob("*"))) == len(list(tmp_path.glob("*.tar"))) == 2
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from data_prep.block_runs import BlockRun
 from data_prep.shards import ShardIndex, ShardReader, ShardRecord, row_fields
 from pipeline.config import ObjectiveSettings
 from pipeline.loader import Batch, ElasticLoader
@@ -113,8 +114,7 @@ def write_index(folder: Path, blocks: int) -> None:
     for field in fields:
         places[field.name] = end
         end += 1024 * field.row_bytes + 1024
-    offsets = {name: [block * end + place for block in range(BLOCKS_PER_SHARD)] for name, place in places.items()}
-    record = ShardRecord("", end * BLOCKS_PER_SHARD, "0" * 32, [1024] * BLOCKS_PER_SHARD, offsets)
+    record = ShardRecord("", end * BLOCKS_PER_SHARD, "0" * 32, [BlockRun(BLOCKS_PER_SHARD, 1024, end, places)])
     records = [replace(record, name=f"train-{number:06d}.tar") for number in range(-(-blocks // BLOCKS_PER_SHARD))]
     ShardIndex(128, "none", fields, tuple(records)).save(folder)
 

@@ -231,7 +231,7 @@ def tokenizer_of_other_shards(case):
 
 @fault("shards/train", r"rows \d+, but manifest\.json says \d+", "build the shards anew")
 def index_edited_by_hand(case):
-    rewrite(case.train / "index.json", lambda content: content.replace(b'"rows": [1024', b'"rows": [1023', 1))
+    rewrite(case.train / "index.json", lambda content: content.replace(b'"rows": 1024', b'"rows": 1023', 1))
 
 
 @fault("data.shards|shards/heldout", r"no held-out rows|0 rows", "larger held-out share|heldout_fraction")
