@@ -17,7 +17,6 @@ from pipeline.ending import FINISHED, STOPPED, end_by, end_early, leave_code
 from pipeline.engine import build_engine, seed_dropout, start_world
 from pipeline.finetune_config import FinetuneConfig, TaskRun, load_finetune_config, row_length, task_run
 from pipeline.loader import identity_differences
-from pipeline.metrics import Metrics
 from pipeline.run_folder import RunFolder
 from pipeline.stopping import StopRequest, outlive_readers
 from pipeline.task_corpus import EncodedRows, TaskCorpus, TaskObjective, encode_task
@@ -26,6 +25,7 @@ from pipeline.task_model import Start, build_task_model, open_start, save_descri
 from pipeline.task_results import RESULT, describe_results, measure_seed, summarize
 from pipeline.task_trainer import TaskTrainer
 from pipeline.tasks import TRAIN, TaskData, TaskSettings
+from pipeline.trainer import open_metrics
 from pipeline.world import World, current_world, leave_world
 
 
@@ -108,14 +108,7 @@ def _train_seed(run: TaskRun, material: Material, world: World, stop: StopReques
         seed_dropout(run.seed, world.rank)
         if checkpoint:
             checkpointer.load(engine, checkpoint)
-        metrics = Metrics(
-            folder.path,
-            enabled=world.is_main,
-            total_steps=run.training.total_steps,
-            progress=run.logging.progress,
-            monitor=engine.monitor if run.logging.tensorboard else None,
-        )
-        metrics.cut_after(state.step if checkpoint else None)
+        metrics = open_metrics(run, engine, world, folder.path, state.step if checkpoint else None)
         if world.is_main:
             folder.save_recipe()
             where = f"resuming from {checkpoint}" if checkpoint else "starting afresh"

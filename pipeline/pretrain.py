@@ -14,11 +14,10 @@ from pipeline.config import RunConfig, load_run_config
 from pipeline.corpus import build_missing_shards, open_corpus
 from pipeline.ending import FINISHED, STOPPED, Stopped, end_by, end_early, leave_code
 from pipeline.engine import build_engine, seed_dropout, seed_weights, start_world
-from pipeline.metrics import Metrics
 from pipeline.model import build_model
 from pipeline.run_folder import RunFolder
 from pipeline.stopping import StopRequest, outlive_readers
-from pipeline.trainer import Trainer
+from pipeline.trainer import Trainer, open_metrics
 from pipeline.world import current_world, leave_world
 
 DEFAULT_RECIPE = "launch/recipes/demo.yaml"
@@ -44,14 +43,7 @@ def pretrain(config: RunConfig, stop: StopRequest) -> int:
         seed_dropout(config.seed, world.rank)
         if checkpoint:
             checkpointer.load(engine, checkpoint)
-        metrics = Metrics(
-            folder.path,
-            enabled=world.is_main,
-            total_steps=config.training.total_steps,
-            progress=config.logging.progress,
-            monitor=engine.monitor if config.logging.tensorboard else None,
-        )
-        metrics.cut_after(state.step if checkpoint else None)
+        metrics = open_metrics(config, engine, world, folder.path, state.step if checkpoint else None)
         if world.is_main:
             folder.save_recipe()
             _say_start(config.name, checkpoint, world.size, world.device.type, remarks)

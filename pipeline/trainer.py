@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +34,19 @@ class StepResult:
     stats: SpikeStats
     learning_rate: float
     gradient_norm: float
+
+
+def open_metrics(config: RunConfig, engine: DeepSpeedEngine, world: World, folder: Path, step: int | None) -> Metrics:
+    """The metrics of the run in `folder`, which goes on from `step`; None: begins, and drops what is there."""
+    metrics = Metrics(
+        folder,
+        enabled=world.is_main,
+        total_steps=config.training.total_steps,
+        progress=config.logging.progress,
+        monitor=engine.monitor if config.logging.tensorboard else None,
+    )
+    metrics.cut_after(step)
+    return metrics
 
 
 class Trainer:
