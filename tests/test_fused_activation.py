@@ -97,6 +97,18 @@ def test_spikes_differ_from_those_of_the_two_apart_at_thresholds_alone(activatio
 
 @each_activation
 @gated_or_not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_activation_is_rounded_as_if_it_had_been_in_memory(activation, gated, dtype):
+    """Rows of one element tell their membranes. In a few the last bits of fp32 decide how it is rounded."""
+    hidden = random(1, 4, 32, 2 if gated else 1, seed=0, dtype=dtype)
+    alpha = torch.ones(1, device=DEVICE)
+    _, measured, _ = encode_activated(hidden, alpha, None, activation, gated, "memoryless", LEAK)
+    expected = handed_on(hidden, activation, gated).squeeze(-1).abs().double()
+    assert (measured[0] == expected).double().mean() > 0.95
+
+
+@each_activation
+@gated_or_not
 def test_spikes_around_a_threshold(activation, gated):
     """Neighbours in fp32 of an input whose activation is half the amplitude, or all of it."""
     for start in (0.37, 1.13, 2.9):
