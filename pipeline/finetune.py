@@ -59,6 +59,11 @@ def finetune(config: FinetuneConfig, stop: StopRequest) -> int:
 
 def _prepare(config: FinetuneConfig, world: World) -> Material:
     start = open_start(config.model)
+    if not world.agree(start.fingerprint == world.on_main(lambda: start.fingerprint)):
+        raise ValueError(
+            f"model.start {config.model.start}: the processes read different weights: wait until its training has "
+            "ended, or name one of its checkpoints"
+        )
     length = row_length(config.training, start.config.max_position_embeddings)
     data = _open_task(config.task, world)
     rows, truncated = encode_task(data, start.tokenizer, length)
@@ -101,6 +106,8 @@ def _train_seed(run: TaskRun, material: Material, world: World, stop: StopReques
         corpus.check()
         checkpointer = Checkpointer(folder.path / "checkpoints", world, run.checkpoint.keep)
         checkpoint, state = find_start(run, checkpointer, corpus.identity())
+        if state.search:  # it will be needed at the end: better told now
+            intact_checkpoint(checkpointer.at_step(state.search.best_step), world)
         model, remarks = build_task_model(material.start, material.data.task, run, world)
         if world.is_main:
             save_description(model, material.start.tokenizer, folder.path)

@@ -23,7 +23,7 @@ from pipeline.config import (
     TrainingSettings,
 )
 from pipeline.rules import RULES
-from pipeline.tasks import PUBLISHED_SETTINGS, TASK_RULE, TaskSettings
+from pipeline.tasks import PUBLISHED_EPOCHS, TASK_RULE, TaskSettings
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 """Fields of SpikeLMConfig that may differ from those of the model that is started from."""
@@ -186,7 +186,7 @@ def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
 def task_run(config: FinetuneConfig, seed: int, num_rows: int, length: int) -> TaskRun:
     """The run of a seed on so many training rows, of so many tokens at most."""
     training, selection = config.training, config.selection
-    epochs = PUBLISHED_SETTINGS[config.task.name].epochs if training.epochs is None else training.epochs
+    epochs = PUBLISHED_EPOCHS[config.task.name] if training.epochs is None else training.epochs
     steps_of_epoch = num_rows / training.global_batch_size
     total_steps = max(1, math.ceil(epochs * steps_of_epoch - 1e-9))
     schedule = config.schedule
@@ -278,7 +278,7 @@ def _neuron_faults(neuron: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _epoch_faults(epochs: float | None, task: str | None) -> Iterator[str]:
-    if epochs is None and task not in PUBLISHED_SETTINGS:
+    if epochs is None and task not in PUBLISHED_EPOCHS:
         yield "training.epochs: missing: only tasks of GLUE have published ones; set it, for instance to 3"
 
 

@@ -14,6 +14,7 @@ from models.amplitudes import spiking_stack
 from models.energy import EnergyTable, Passed
 from models.modeling import SpikeLMForSequenceClassification
 from pipeline.checkpoint import read_state
+from pipeline.ending import NonFiniteError
 from pipeline.evaluation import energy_values, firing_values
 from pipeline.finetune_config import TaskRun, load_finetune_config, row_length
 from pipeline.loader import heldout_batches
@@ -74,7 +75,10 @@ def measure_task(
     asked, examples = task.data.task, task.data.splits[task.split]
     objective = TaskObjective.of(asked)
     batches = heldout_batches(task.rows, objective.make_batch, batch_size=batch_size)
-    predictions = predict(model, tqdm(batches, unit=" batches", file=sys.stderr), objective.losses)
+    try:
+        predictions = predict(model, tqdm(batches, unit=" batches", file=sys.stderr), objective.losses)
+    except NonFiniteError as error:
+        raise ValueError(str(error)) from error
     lengths = task.rows.arrays["attention_mask"].sum(1).tolist()
     passed = Passed.in_rows(lengths, causal=False, classes=model.config.num_labels)
     baseline = baseline_metrics(asked, task.data.splits[TRAIN], examples)

@@ -45,9 +45,14 @@ def open_start(settings: StartSettings) -> Start:
         model = None
     else:
         try:
-            model, tokenizer, _ = open_model(Path(settings.start), settings.shards or None)
+            model, tokenizer, run = open_model(Path(settings.start), settings.shards or None)
         except ValueError as error:
             raise type(error)(f"model.start: {error}") from error
+        if settings.shards and run is None:
+            raise ValueError(
+                f"model.shards has no effect with model.start {settings.start}, which holds its own tokenizer: leave "
+                "it out"
+            )
         if model.config.traits.causal:
             raise ValueError(
                 f"model.start {settings.start} is a decoder, family {model.config.family!r}: tasks are learned by a "

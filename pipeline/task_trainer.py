@@ -12,6 +12,7 @@ from torch import nn
 
 from models.amplitudes import SpikeStats, spiking_stack
 from pipeline.checkpoint import Search, TrainState
+from pipeline.ending import NonFiniteError
 from pipeline.evaluation import firing_values
 from pipeline.loader import Batch
 from pipeline.objectives import count_targets, loss_sums
@@ -69,6 +70,11 @@ def predict(
     order = np.argsort(np.concatenate([part for part, _ in gathered]))
     total, count = (world.sum(sums) if world else sums).tolist()
     everything = np.concatenate([part for _, part in gathered])[order]
+    if ill := int(np.sum(~np.isfinite(everything).all(1))):
+        raise NonFiniteError(
+            f"the predictions for {ill} of {len(everything)} rows are NaN or infinite: train anew (--name), with "
+            "a lower optimizer.learning_rate or with optimizer.clip_norm"
+        )
     return Predictions(everything, total / count if count else None, stats.all_reduced())
 
 
@@ -80,8 +86,8 @@ class TaskTrainer(Trainer):
     def run(self) -> TrainState:
         """As Trainer.run; a measure that a stop has prevented comes first."""
         measured = self.state.search.evaluated_step if self.state.search else 0
-        if measured < self.state.step and self._counts():
-            self._measure()
+        if measured < self.state.step and self._counts() and self._measure():
+            self.checkpointer.save(self.engine, self.state)
         return super().run()
 
     def evaluate(self) -> dict[str, float | dict[str, float]]:

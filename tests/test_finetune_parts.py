@@ -16,6 +16,7 @@ from models.config import SpikeLMConfig
 from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForSequenceClassification
 from pipeline.checkpoint import Search
 from pipeline.config import differences
+from pipeline.ending import NonFiniteError
 from pipeline.finetune import _prepare
 from pipeline.finetune_config import StartSettings, load_finetune_config, task_run
 from pipeline.loader import identity_differences
@@ -173,6 +174,8 @@ def test_what_cannot_be_started_from_is_told(recipe, trained, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "decoder")
     with pytest.raises(ValueError, match=r"decoder, family 'llama': .*start from an encoder"):
         open_start(StartSettings(start=str(tmp_path / "decoder")))
+    with pytest.raises(ValueError, match="model.shards has no effect with model.start .* leave it out"):
+        open_start(StartSettings(start=str(trained), shards=("data/demo",)))
     with pytest.raises(ValueError, match="training.length 20: the model has 16 positions; set it to 16 or less"):
         _prepare(recipe("--training.length", "20"), OneProcess2())
 
@@ -262,6 +265,24 @@ def test_predictions_come_in_the_order_of_rows_each_once():
     more = predict(model, [*batches, absent], corpus.objective.losses, OneProcess())
     np.testing.assert_array_equal(more.scores, found.scores)
     assert more.loss == pytest.approx(found.loss) and found.of(CLASSES).shape == (7,)
+
+
+def test_predictions_that_are_none_are_refused():
+    """The largest of NaN logits would be class 0."""
+    corpus = make_corpus([0, 1, 1, 0, 1, 0, 1])
+    model = make_model({"kind": "none"}, SpikeLMForSequenceClassification, num_labels=2)
+    torch.nn.init.constant_(model.classifier.weight, float("nan"))
+    with pytest.raises(NonFiniteError, match="the predictions for 7 of 7 rows are NaN or infinite: train anew"):
+        predict(model, corpus.heldout_batches(), corpus.objective.losses, OneProcess())
+
+
+def test_processes_that_read_different_weights_do_not_begin(recipe, trained):
+    class OtherFirst(OneProcess2):
+        def on_main(self, action, may_take_long=False):
+            return "other weights"
+
+    with pytest.raises(ValueError, match="the processes read different weights: wait until its training has ended"):
+        _prepare(recipe(), OtherFirst())
 
 
 def test_the_search_counts_measures_without_a_better_one():

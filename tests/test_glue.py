@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.glue import write_submission
 from pipeline.task_data import open_task
-from pipeline.tasks import PUBLISHED_SETTINGS, TASKS, TaskSettings
+from pipeline.tasks import PUBLISHED_EPOCHS, TASKS, TaskSettings
 from tests.glue_files import QUOTE, write_glue, write_rows
 
 
@@ -116,7 +116,7 @@ def test_each_task_is_read_as_it_lies_in_glues_folder(glue, name):
     assert all(each.labels is None or each.labels.dtype == kind for each in data.splits.values())
     last = 9847 if name == "mnli" else len(data.splits["test"]) - 1
     assert data.splits.get("test_mismatched", data.splits["test"]).ids[-1] == last
-    assert set(PUBLISHED_SETTINGS) == set(TASKS)
+    assert set(PUBLISHED_EPOCHS) == set(TASKS)
 
 
 def test_rows_that_are_cut_in_two_are_left_out_and_told(glue):
