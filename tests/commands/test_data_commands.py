@@ -232,7 +232,7 @@ def test_damage_is_found_and_mended(corpus, tokenizer, tmp_path, capsys):
 def _older_manifest(output):
     content = json.loads((output / "manifest.json").read_text())
     (output / "manifest.json").write_text(json.dumps({**content, "version": 0}))
-    return "manifest.json: version 0, expected 3"
+    return "manifest.json: version 0, expected 4"
 
 
 def _no_index(output):
@@ -267,7 +267,7 @@ def test_an_older_unfinished_build_is_refused_and_then_overwritten(corpus, token
     plan = output / ".build" / "plan.json"
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "version": 0}))
     assert build(corpus, tokenizer, output) == 2
-    assert "plan.json: version 0, expected 3" in capsys.readouterr().err
+    assert "plan.json: version 0, expected 4" in capsys.readouterr().err
     assert build(corpus, tokenizer, output, "--overwrite") == 0
     assert verify_shards.main([str(output)]) == 0
 
