@@ -92,7 +92,7 @@ def draw(variants: Sequence[Variant], path: Path) -> None:
     from matplotlib import pyplot
 
     metric = variants[0].tuned["chosen_by"]
-    figure, (bars, spikes) = pyplot.subplots(1, 2, figsize=(13, 4.5), constrained_layout=True)
+    figure, (bars, spikes) = pyplot.subplots(1, 2, figsize=(15, 4.5), constrained_layout=True)
     for offset, label, kind in ((-0.2, "pretrained", "tuned"), (0.2, "from scratch", "scratch")):
         values = [variant.metric(getattr(variant, kind)) for variant in variants]
         places = [place + offset for place in range(len(variants))]
@@ -102,7 +102,7 @@ def draw(variants: Sequence[Variant], path: Path) -> None:
     bars.axhline(trivial, color="gray", linestyle=":", label="trivial answer")
     bars.set(ylabel=f"{metric}, validation", title="what pretraining is worth")
     bars.set_xticks(range(len(variants)), [variant.name for variant in variants], rotation=15)
-    bars.legend(loc="lower right")
+    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     for variant in variants:
         if "spikes_per_token" in variant.tuned:
             value = variant.metric(variant.tuned)
@@ -111,7 +111,7 @@ def draw(variants: Sequence[Variant], path: Path) -> None:
         else:
             spikes.axhline(variant.metric(variant.tuned)["mean"], linestyle="--", color="gray", label=variant.name)
     spikes.set(xlabel="spikes per token", ylabel=f"{metric}, validation", title="what a spike buys")
-    spikes.legend(loc="lower right")
+    spikes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
