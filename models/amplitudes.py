@@ -71,7 +71,7 @@ def firing_sum(sums: Tensor, width: int) -> Tensor | None:
     """The mean firing rate of all sites and timesteps, summed over the counted tokens; None where nothing spikes.
 
     Args:
-        sums: of SpikeStats, [sites, T, 5], with the gradient that elastic neurons give their counts.
+        sums: of SpikeStats, [sites, T, 5], with the gradient that the counts have (SpikeStack.train_firing_rate).
         width: of the first site's input.
     """
     if not len(sums):
@@ -91,6 +91,7 @@ class BlockNeurons:
         carries: where T is run in chunks, what each site's membrane leaves to the next chunk, by site; updated by fire.
         backend: by what elastic neurons are computed (models.spike_ops).
         checkpointed: the forward is run again for its backward, by a checkpoint that keeps the books of what is kept.
+        trains_rate: the statistics' counts of spikes have a gradient.
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class BlockNeurons:
         carries: dict[int, Tensor] | None = None,
         backend: Backend = "auto",
         checkpointed: bool = False,
+        trains_rate: bool = False,
     ) -> None:
         self.config = config
+        self.trains_rate = trains_rate
         # A copy: the backward reads amplitudes once more, and by then the table may have moved on.
         self.amplitudes = amplitudes if calibrate else amplitudes.clone()
         self.counted_BL = counted_BL
@@ -195,7 +198,8 @@ class BlockNeurons:
         reset = "memoryless" if memoryless else self.config.reset
         if self.calibrate:
             self._calibrate(site, x_TBLD, memoryless)
-        return Firing(reset, self.config.leak, resolve_backend(self.backend, x_TBLD.device))
+        backend = resolve_backend(self.backend, x_TBLD.device)
+        return Firing(reset, self.config.leak, backend, self.trains_rate)
 
     def _calibrate(self, site: int, x_TBLD: Tensor, memoryless: bool) -> None:
         alpha_T, frequency = self.amplitudes[site], self.config.frequency_of(SITES[site])

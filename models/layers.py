@@ -196,6 +196,7 @@ class SpikeBlock(GradientCheckpointingLayer):
 
     timesteps_per_cell: int | None = None
     spike_backend: Backend = "auto"
+    trains_rate = False
 
     def __init__(
         self,
@@ -245,7 +246,14 @@ class SpikeBlock(GradientCheckpointingLayer):
     ) -> BlockNeurons:
         checkpointed = self.gradient_checkpointing and self.training
         return BlockNeurons(
-            self.neuron, amplitudes, counted_BL, calibrate, carries, self.spike_backend, checkpointed=checkpointed
+            self.neuron,
+            amplitudes,
+            counted_BL,
+            calibrate,
+            carries,
+            self.spike_backend,
+            checkpointed=checkpointed,
+            trains_rate=self.trains_rate,
         )
 
     def _run(

@@ -25,7 +25,7 @@ class SpikeLMModelOutput(BaseModelOutputWithPooling):
     last one is last_hidden_state.
     past_key_values: what later tokens need of these and of those before, where asked for.
     spike_stats: sums of SpikeStats over the neurons, [S, T, 5], on this forward's tokens alone.
-    firing_sum: the mean firing rate of all sites and timesteps, summed over those tokens, with a gradient.
+    firing_sum: the mean firing rate of all sites and timesteps, summed over them (see SpikeStack.train_firing_rate).
     """
 
     past_key_values: SpikeCache | None = None

@@ -28,6 +28,8 @@ class Firing:
     reset: str
     leak: float
     backend: str
+    trains_rate: bool = False
+    """Whether the counts of spikes have a gradient."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def spike(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Spikes times amplitude in x's dtype [T, B, L, D]; their codes, spike_ops.MEASURED [4, T, B, L], and the carry.
 
-    Of what is measured the counts of spikes, positive and negative, have a gradient: straight-through, as the spikes'.
+    Of what is measured the counts of spikes, positive and negative, have a gradient where `firing` trains them:
+    straight-through, as the spikes'.
     Raises RuntimeError, in the backward, where a second derivative is asked for.
     """
     return _Spike.apply(x_TBLD, alpha_T, carry_BLD, firing)
@@ -111,7 +114,7 @@ class _Spike(Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         code, measured, carry = _encode(ctx, x_TBLD, alpha_T, carry_BLD, firing)
         ctx.save_for_backward(code, alpha_T)
-        ctx.mark_non_differentiable(code)
+        ctx.mark_non_differentiable(code, *([] if firing.trains_rate else [measured]))
         return _decode(ctx, code, alpha_T, x_TBLD.dtype), code, measured, carry
 
     @staticmethod
@@ -146,6 +149,8 @@ class _SpikeLinear(Function):
         # Kept is the Parameter itself, so that an engine that has partitioned it meanwhile can gather it.
         kept_bias, kept_x = bias_E if ctx.recomputes else None, None if before is None else x_TBLD
         ctx.save_for_backward(code, alpha_T, weight_ED, kept_bias, hidden, kept_x)
+        if not firing.trains_rate:
+            ctx.mark_non_differentiable(measured)
         return product if activation is None else activation(product), measured, carry
 
     @staticmethod

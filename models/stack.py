@@ -154,6 +154,11 @@ class SpikeStack(nn.Module):
         for layer in self.layers:
             layer.spike_backend = backend
 
+    def train_firing_rate(self, wanted: bool = True) -> None:
+        """Whether the counts of spikes, and so firing_sum, have a gradient: elastic neurons alone can give one."""
+        for layer in self.layers:
+            layer.trains_rate = wanted
+
     def set_checkpointing(
         self,
         mode: Literal["none", "layer", "timestep"],

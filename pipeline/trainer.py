@@ -86,6 +86,7 @@ class Trainer:
         self.accumulation = accumulation_steps(config, world.size)
         self.firing_penalty = config.training.firing_penalty
         self.stack = spiking_stack(engine.module)
+        self.stack.train_firing_rate(self.firing_penalty > 0)
         self.throughput = Throughput()
         self.health = SpikeHealth(self.stack.site_names, self.stack.config.neuron)
 

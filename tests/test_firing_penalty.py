@@ -33,7 +33,7 @@ def slopes(reset, alpha_T, x_TBLD, spikes):
 @pytest.mark.parametrize("with_product", [False, True])
 def test_counts_of_spikes_have_the_gradient_of_the_spikes_themselves(reset, with_product):
     x_TBLD = torch.randn(T, B, L, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    alpha_T, firing = torch.tensor([0.9, 1.1, 1.3]), Firing(reset, 0.25, "torch")
+    alpha_T, firing = torch.tensor([0.9, 1.1, 1.3]), Firing(reset, 0.25, "torch", trains_rate=True)
     weight = torch.ones(4, D, dtype=torch.float64)
     if with_product:
         ours, plain = slopes(reset, alpha_T, x_TBLD, lambda x, a: spike_linear(x, weight, None, a, None, firing)[1])
@@ -63,6 +63,8 @@ def test_it_can_be_lowered_by_its_gradient(checkpointing):
     calibrate_amplitudes(model, batch)
     spiking_stack(model).set_checkpointing(checkpointing)
     model.train()
+    assert not model(**batch).firing_sum.requires_grad
+    spiking_stack(model).train_firing_rate()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     rates = []
     for _ in range(8):

@@ -56,11 +56,11 @@ def test_a_missing_neuron_is_named(site, fault, family, monkeypatch):
     last = model.model.stack.layers[-1]
     project, fire = BlockNeurons.project, BlockNeurons.fire
 
-    def project_without(neurons, at, x, weight, bias, activation=None, recompute=False):
+    def project_without(neurons, at, x, weight, bias, *others):
         if at == site and weight is {QKV: last.attention.qkv, MLP_DOWN: last.mlp.down}[at].weight:
-            project(neurons, at, x, weight, bias, activation, recompute)  # for its statistics
+            project(neurons, at, x, weight, bias, *others)  # for its statistics
             return torch.nn.functional.linear(x, weight, bias)
-        return project(neurons, at, x, weight, bias, activation, recompute)
+        return project(neurons, at, x, weight, bias, *others)
 
     def fire_without(neurons, at, x, **options):
         fired.append(fire(neurons, at, x, **options))

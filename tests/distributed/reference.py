@@ -139,6 +139,7 @@ def train_plainly(kind, perturbation=0.0, seed=0, clip_norm=0.0, firing_penalty=
     the first gradients are those before it.
     """
     trained = model(kind)
+    spiking_stack(trained).train_firing_rate(firing_penalty > 0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trained.parameters():
