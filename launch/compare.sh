@@ -17,8 +17,7 @@ compare() { # NAME FOLDER [--field value ...] of the pretraining
     shift 2
     launch/pretrain.sh "$pretraining" --name "$folder" --output "$output" "$@"
     for start in tuned scratch; do
-        deepspeed --log_level warning --master_port $((20000 + RANDOM % 20000)) --num_gpus "$PROCESSES" pipeline/finetune.py \
-            --recipe "$tuning" --name "$folder-$start" --output "$output" --model.start "$output/$folder" \
+        launch/finetune.sh "$tuning" --name "$folder-$start" --output "$output" --model.start "$output/$folder" \
             --model.from_scratch "$([ $start = scratch ] && echo true || echo false)" "${fields[@]}"
     done
     variants+=(--variant "$name" "$output/$folder" "$output/$folder-tuned" "$output/$folder-scratch")

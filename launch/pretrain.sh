@@ -11,7 +11,8 @@ set -euo pipefail
 main() { # read whole before anything begins: the file may change under a run of days
     . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
     cd "$root"
-    case ${1:-} in -h | --help) exec python pipeline/pretrain.py --help ;; esac
+    command=pipeline/${SPIKELM_COMMAND:-pretrain}.py # launch/finetune.sh names another
+    case ${1:-} in -h | --help) exec python "$command" --help ;; esac
     if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
         [ -f "$1" ] || { echo "error: no recipe $1 in $root: launch/recipes has some" >&2; exit 2; }
         set -- --recipe "$@"
@@ -48,7 +49,7 @@ main() { # read whole before anything begins: the file may change under a run of
     fi
 
     # In a session of its own: signals reach this script alone, which passes them on as a request.
-    setsid "${launcher[@]}" pipeline/pretrain.py "$@" &
+    setsid "${launcher[@]}" "$command" "$@" &
     session=$!
     asked=
     stop() {

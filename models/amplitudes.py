@@ -199,7 +199,7 @@ class BlockNeurons:
         if self.calibrate:
             self._calibrate(site, x_TBLD, memoryless)
         backend = resolve_backend(self.backend, x_TBLD.device)
-        return Firing(reset, self.config.leak, backend, self.trains_rate)
+        return Firing(reset, self.config.leak, backend, self.trains_rate, leaves=self.carries is not None)
 
     def _calibrate(self, site: int, x_TBLD: Tensor, memoryless: bool) -> None:
         alpha_T, frequency = self.amplitudes[site], self.config.frequency_of(SITES[site])

@@ -35,11 +35,16 @@ class TokenPlaces:
 
     @classmethod
     def of(cls, visible_BL: Tensor) -> "TokenPlaces | None":
-        """None where nothing is padding, or all of it, or nobody can say. Waits for the device: shapes follow."""
+        """None where all is padding, or nobody can say. Waits for the device: shapes follow."""
         if visible_BL.device.type == "meta":
             return None
         flat_N = visible_BL.flatten().nonzero().squeeze(-1)
-        return None if len(flat_N) in (0, visible_BL.numel()) else cls(flat_N, *visible_BL.shape)
+        return cls(flat_N, *visible_BL.shape) if len(flat_N) else None
+
+    @property
+    def are_all(self) -> bool:
+        """Whether nothing is padding."""
+        return len(self.flat_N) == self.num_rows * self.length
 
     def pack(self, x: Tensor) -> Tensor:
         """[..., B, L, D] -> [..., 1, N, D]."""

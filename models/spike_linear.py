@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 
+from .neuron import compute_dtype
 from .spike_ops import activated_backward, decode, encode, encode_activated, membrane_backward, worth
 
 Activation = Callable[[Tensor], Tensor]
@@ -30,6 +31,8 @@ class Firing:
     backend: str
     trains_rate: bool = False
     """Whether the counts of spikes have a gradient."""
+    leaves: bool = True
+    """Whether the carry behind the last timestep is wanted; where not, it is empty."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,10 @@ class _SpikeLinear(Function):
                 del spikes_2d
             if ctx.needs_input_grad[2]:
                 grad_bias = grad_2d.sum(0)
-            grad = grad @ weight.to(grad.dtype)
-        grad_x, grad_carry_in = _through_membrane(ctx, code, alpha_T, grad, grad_measured, grad_carry, x)
+        grad_x = grad_carry_in = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
+            grad = None if grad is None else grad @ weight.to(grad.dtype)
+            grad_x, grad_carry_in = _through_membrane(ctx, code, alpha_T, grad, grad_measured, grad_carry, x)
         return grad_x, grad_weight, grad_bias, None, grad_carry_in, None, None, None, None
 
 
@@ -192,8 +197,10 @@ def _encode(
     ctx.had_carry = carry_BLD is not None
     ctx.set_materialize_grads(False)
     if before is not None:
-        return encode_activated(x_TBLD, alpha_T, carry_BLD, before.name, before.gated, firing.reset, firing.leak)
-    return encode(x_TBLD, alpha_T, carry_BLD, firing.reset, firing.leak, firing.backend)
+        return encode_activated(
+            x_TBLD, alpha_T, carry_BLD, before.name, before.gated, firing.reset, firing.leak, firing.leaves
+        )
+    return encode(x_TBLD, alpha_T, carry_BLD, firing.reset, firing.leak, firing.backend, firing.leaves)
 
 
 def _decode(ctx: FunctionCtx, code: Tensor, alpha_T: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,20 +224,21 @@ def _through_membrane(
     grad, firing, before = grad.to(ctx.input_dtype), ctx.firing, ctx.before
     if x is None:
         grad_x, grad_carry_in = membrane_backward(
-            grad, code, alpha_T, grad_carry, firing.reset, firing.leak, firing.backend
+            grad, code, alpha_T, grad_carry, firing.reset, firing.leak, firing.backend, ctx.had_carry
         )
     else:
         grad_x, grad_carry_in = activated_backward(
-            grad, x, code, alpha_T, grad_carry, before.name, before.gated, firing.reset, firing.leak
+            grad, x, code, alpha_T, grad_carry, before.name, before.gated, firing.reset, firing.leak, ctx.had_carry
         )
     return grad_x, grad_carry_in if ctx.had_carry else None
 
 
 def _through_counts(ctx: FunctionCtx, code: Tensor, alpha_T: Tensor, grad_measured: Tensor) -> Tensor:
     """What the counts of spikes ask of their output o: a spike counts |s| = |o / alpha|, of slope sign(s) / alpha."""
-    _, positive, negative, _ = grad_measured[..., None].float()
-    signs = _decode(ctx, code, torch.ones_like(alpha_T), torch.float32)
-    return torch.where(signs > 0, positive, negative) * signs / worth(alpha_T, torch.float32).view(-1, 1, 1, 1)
+    dtype = compute_dtype(ctx.input_dtype)
+    _, positive, negative, _ = grad_measured[..., None].to(dtype)
+    signs = _decode(ctx, code, torch.ones_like(alpha_T), dtype)
+    return torch.where(signs > 0, positive, negative) * signs / worth(alpha_T, dtype).view(-1, 1, 1, 1)
 
 
 def _product(ctx: FunctionCtx, code: Tensor, alpha_T: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ where it is gated 2D: activation(gate) * the other half.
 
 import logging
 import re
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Literal, get_args
@@ -83,6 +84,8 @@ def resolve_backend(backend: Backend, device: torch.device) -> str:
 @cache
 def _fault(backend: str, device_type: str) -> str | None:
     """Why a backend cannot run on such a device; None where it can."""
+    if device_type == "meta":
+        return None  # nothing is computed there, only shapes are
     try:
         _module(backend).check(device_type)
     except ImportError as fault:
@@ -112,7 +115,13 @@ def _module(backend: str) -> ModuleType:
 
 @torch.library.custom_op(f"{NAMESPACE}::encode", mutates_args=())
 def encode(
-    x_TBLD: Tensor, alpha_T: Tensor, carry_BLD: Tensor | None, reset: str, leak: float, backend: str
+    x_TBLD: Tensor,
+    alpha_T: Tensor,
+    carry_BLD: Tensor | None,
+    reset: str,
+    leak: float,
+    backend: str,
+    leaves: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [T, B, L, N] (uint8), MEASURED of each token [4, T, B, L] (fp64), and the carry behind the last timestep.
 
@@ -123,12 +132,13 @@ def encode(
         reset: as models.neuron has it; memoryless: every timestep fires on its own input, and the carry is empty.
         leak: share of the membrane that a timestep hands on.
         backend: as resolve_backend gives it.
+        leaves: whether the carry that is left is wanted; where not, it is empty.
     """
     _check(x_TBLD, alpha_T, carry_BLD)
     alpha_T = alpha_T.detach().to(compute_dtype(x_TBLD.dtype))
     if backend == "torch":
-        return _encode(x_TBLD, alpha_T, carry_BLD, reset, leak)
-    code, measured, carry = _empty_encoded(x_TBLD, reset)
+        return _encode(x_TBLD, alpha_T, carry_BLD, reset, leak, leaves)
+    code, measured, carry = _empty_encoded(x_TBLD, reset, leaves)
     given = (*_laid_out(x_TBLD), *_raw_and_floored(alpha_T), _contiguous(carry_BLD, alpha_T.dtype))
     with torch.cuda.device_of(x_TBLD):
         _module(backend).encode(*given, RESETS.index(reset), leak, code, measured, carry)
@@ -138,7 +148,7 @@ def encode(
 @torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=())
 def decode(code_TBLN: Tensor, worth_T: Tensor, width: int, backend: str) -> Tensor:
     """Spikes times what each is worth, [T, B, L, width], in the dtype of `worth_T` (see `worth`)."""
-    _check(code_TBLN, worth_T, None, width)
+    _check(code_TBLN, worth_T, None, (width,))
     if backend == "torch":
         states_TBLD = unpack(code_TBLN, width)
         return torch.stack([_spikes(state, a) for state, a in zip(states_TBLD, worth_T, strict=True)])
@@ -157,17 +167,19 @@ def membrane_backward(
     reset: str,
     leak: float,
     backend: str,
+    leaves: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """From the gradients of the neuron's output and carry to those of its input [T, B, L, D] and of the carry it got.
 
-    The first has the dtype of `grad_TBLD`, the second that of the arithmetic; memoryless: it is empty.
+    The first has the dtype of `grad_TBLD`, the second that of the arithmetic; memoryless, or not wanted (`leaves`), it
+    is empty.
     """
     _check(grad_TBLD, alpha_T, grad_carry_BLD)
-    _check(code_TBLN, alpha_T, None, grad_TBLD.shape[-1])
+    _check(code_TBLN, alpha_T, None, grad_TBLD.shape)
     alpha_T = alpha_T.detach().to(compute_dtype(grad_TBLD.dtype))
     if backend == "torch":
-        return _membrane_backward(grad_TBLD, code_TBLN, alpha_T, grad_carry_BLD, reset, leak)
-    grad_x, grad_carry = _empty_backward(grad_TBLD, reset)
+        return _membrane_backward(grad_TBLD, code_TBLN, alpha_T, grad_carry_BLD, reset, leak, leaves)
+    grad_x, grad_carry = _empty_backward(grad_TBLD, reset, leaves)
     carry_BLD = _contiguous(grad_carry_BLD, alpha_T.dtype)
     given = (grad_TBLD.contiguous(), code_TBLN.contiguous(), *_raw_and_floored(alpha_T), carry_BLD)
     with torch.cuda.device_of(grad_TBLD):
@@ -184,12 +196,13 @@ def encode_activated(
     gated: bool,
     reset: str,
     leak: float,
+    leaves: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As encode, by Triton, of what one of ACTIVATIONS makes of its input, rounded to that input's dtype."""
     x_TBLD = _as_activated(hidden_TBLF, gated)  # of its shape, no more
     _check(x_TBLD, alpha_T, carry_BLD)
     alpha_T = alpha_T.detach().to(compute_dtype(hidden_TBLF.dtype))
-    encoded = _empty_encoded(x_TBLD, reset)
+    encoded = _empty_encoded(x_TBLD, reset, leaves)
     given = (*_laid_out(hidden_TBLF), *_raw_and_floored(alpha_T), _contiguous(carry_BLD, alpha_T.dtype))
     with torch.cuda.device_of(hidden_TBLF):
         _module("triton").encode(
@@ -209,14 +222,15 @@ def activated_backward(
     gated: bool,
     reset: str,
     leak: float,
+    leaves: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As membrane_backward, by Triton, to the gradient of what encode_activated got, [T, B, L, F] in its dtype."""
     if grad_TBLD.shape != (shape := _as_activated(hidden_TBLF, gated).shape):
         raise ValueError(f"a gradient of shape {tuple(grad_TBLD.shape)} for an activation of {tuple(shape)}")
     _check(grad_TBLD, alpha_T, grad_carry_BLD)
-    _check(code_TBLN, alpha_T, None, grad_TBLD.shape[-1])
+    _check(code_TBLN, alpha_T, None, grad_TBLD.shape)
     alpha_T = alpha_T.detach().to(compute_dtype(hidden_TBLF.dtype))
-    grads = _empty_activated_backward(hidden_TBLF, gated, reset)
+    grads = _empty_activated_backward(hidden_TBLF, gated, reset, leaves)
     carry_BLD = _contiguous(grad_carry_BLD, alpha_T.dtype)
     given = (grad_TBLD.contiguous(), code_TBLN.contiguous(), *_raw_and_floored(alpha_T), carry_BLD)
     how = {"activation": ACTIVATIONS.index(activation), "gated": gated}
@@ -226,30 +240,33 @@ def activated_backward(
 
 
 def _as_activated(hidden_TBLF: Tensor, gated: bool) -> Tensor:
-    """A view with the shape of the activation's output."""
+    """A view with the shape of the activation's output. Raises ValueError for a gate that has no such half."""
+    if gated and hidden_TBLF.shape[-1] % 2:
+        raise ValueError(f"a gated activation of {hidden_TBLF.shape[-1]} elements a row: they must be gate and rest")
     return hidden_TBLF[..., : hidden_TBLF.shape[-1] // 2] if gated else hidden_TBLF
 
 
-def _empty_activated_backward(hidden_TBLF: Tensor, gated: bool, reset: str) -> tuple[Tensor, Tensor]:
-    return hidden_TBLF.new_empty(hidden_TBLF.shape), _empty_carry(_as_activated(hidden_TBLF, gated), reset)
+def _empty_activated_backward(hidden_TBLF: Tensor, gated: bool, reset: str, leaves: bool) -> tuple[Tensor, Tensor]:
+    return hidden_TBLF.new_empty(hidden_TBLF.shape), _empty_carry(_as_activated(hidden_TBLF, gated), reset, leaves)
 
 
-def _empty_encoded(x_TBLD: Tensor, reset: str) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_encoded(x_TBLD: Tensor, reset: str, leaves: bool) -> tuple[Tensor, Tensor, Tensor]:
     *shape, width = x_TBLD.shape
     code = x_TBLD.new_empty(*shape, code_width(width), dtype=torch.uint8)
-    return code, x_TBLD.new_empty(len(MEASURED), *shape, dtype=torch.float64), _empty_carry(x_TBLD, reset)
+    return code, x_TBLD.new_empty(len(MEASURED), *shape, dtype=torch.float64), _empty_carry(x_TBLD, reset, leaves)
 
 
 def _empty_decoded(code_TBLN: Tensor, worth_T: Tensor, width: int) -> Tensor:
     return worth_T.new_empty(*code_TBLN.shape[:-1], width)
 
 
-def _empty_backward(grad_TBLD: Tensor, reset: str) -> tuple[Tensor, Tensor]:
-    return grad_TBLD.new_empty(grad_TBLD.shape), _empty_carry(grad_TBLD, reset)
+def _empty_backward(grad_TBLD: Tensor, reset: str, leaves: bool) -> tuple[Tensor, Tensor]:
+    return grad_TBLD.new_empty(grad_TBLD.shape), _empty_carry(grad_TBLD, reset, leaves)
 
 
-def _empty_carry(x_TBLD: Tensor, reset: str) -> Tensor:
-    shape = (0,) if reset == "memoryless" else x_TBLD.shape[1:]
+def _empty_carry(x_TBLD: Tensor, reset: str, leaves: bool) -> Tensor:
+    """For backends to write to; they write none where it is empty."""
+    shape = x_TBLD.shape[1:] if leaves and reset != "memoryless" else (0,)
     return x_TBLD.new_empty(shape, dtype=compute_dtype(x_TBLD.dtype))
 
 
@@ -272,33 +289,44 @@ def _laid_out(x_TBLD: Tensor) -> tuple[Tensor, int, int]:
     return x_TBLD.contiguous(), B * L * D, D
 
 
-def _check(x_TBLD: Tensor, alpha_T: Tensor, carry_BLD: Tensor | None, width: int | None = None) -> None:
-    """ValueError for what compiled forms would read beyond its end, or as what it is not."""
+def _check(x_TBLD: Tensor, alpha_T: Tensor, carry_BLD: Tensor | None, coded: Sequence[int] | None = None) -> None:
+    """ValueError for what compiled forms would read beyond its end, or as what it is not.
+
+    Where x holds codes, they are of elements of the shape `coded`, or of rows of its last size.
+    """
     if len(alpha_T) != len(x_TBLD):
         raise ValueError(f"{len(alpha_T)} amplitudes for {len(x_TBLD)} timesteps: give one for each")
     if alpha_T.device != x_TBLD.device:
         raise ValueError(f"amplitudes on {alpha_T.device}, spikes on {x_TBLD.device}: move them to one device")
-    if width is not None and code_width(width) != x_TBLD.shape[-1]:
-        raise ValueError(f"codes of {x_TBLD.shape[-1]} bytes a row do not hold {width} elements: give their own width")
+    if coded is not None and code_width(coded[-1]) != x_TBLD.shape[-1]:
+        raise ValueError(
+            f"codes of {x_TBLD.shape[-1]} bytes a row do not hold {coded[-1]} elements: give their own width"
+        )
+    if coded is not None and len(coded) > 1 and coded[:-1] != x_TBLD.shape[:-1]:
+        raise ValueError(f"codes of shape {tuple(x_TBLD.shape)} for elements of {tuple(coded)}: give their own")
     if carry_BLD is not None and carry_BLD.shape != x_TBLD.shape[1:]:
         raise ValueError(f"a carry of shape {tuple(carry_BLD.shape)} for rows of {tuple(x_TBLD.shape[1:])}")
 
 
-encode.register_fake(lambda x, alpha, carry, reset, leak, backend: _empty_encoded(x, reset))
+encode.register_fake(lambda x, alpha, carry, reset, leak, backend, leaves=True: _empty_encoded(x, reset, leaves))
 decode.register_fake(lambda code, worth, width, backend: _empty_decoded(code, worth, width))
-membrane_backward.register_fake(lambda grad, code, alpha, carry, reset, leak, backend: _empty_backward(grad, reset))
+membrane_backward.register_fake(
+    lambda grad, code, alpha, carry, reset, leak, backend, leaves=True: _empty_backward(grad, reset, leaves)
+)
 encode_activated.register_fake(
-    lambda hidden, alpha, carry, activation, gated, reset, leak: _empty_encoded(_as_activated(hidden, gated), reset)
+    lambda hidden, alpha, carry, activation, gated, reset, leak, leaves=True: _empty_encoded(
+        _as_activated(hidden, gated), reset, leaves
+    )
 )
 activated_backward.register_fake(
-    lambda grad, hidden, code, alpha, carry, activation, gated, reset, leak: _empty_activated_backward(
-        hidden, gated, reset
+    lambda grad, hidden, code, alpha, carry, activation, gated, reset, leak, leaves=True: _empty_activated_backward(
+        hidden, gated, reset, leaves
     )
 )
 
 
 def _encode(
-    x_TBLD: Tensor, alpha_T: Tensor, carry: Tensor | None, reset: str, leak: float
+    x_TBLD: Tensor, alpha_T: Tensor, carry: Tensor | None, reset: str, leak: float, leaves: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     states, measured = [], []
     for x_BLD, alpha in zip(x_TBLD, alpha_T, strict=True):
@@ -311,12 +339,12 @@ def _encode(
         measured.append(torch.stack([size.sum(-1).double(), *counts]))
         if reset != "memoryless":
             carry = (m * leak) * _left(states[-1], alpha, reset)
-    left = alpha_T.new_empty(0) if reset == "memoryless" else carry
+    left = carry if leaves and reset != "memoryless" else alpha_T.new_empty(0)
     return pack(torch.stack(states)), torch.stack(measured, dim=1), left
 
 
 def _membrane_backward(
-    grad_TBLD: Tensor, code_TBLN: Tensor, alpha_T: Tensor, d: Tensor | None, reset: str, leak: float
+    grad_TBLD: Tensor, code_TBLN: Tensor, alpha_T: Tensor, d: Tensor | None, reset: str, leak: float, leaves: bool
 ) -> tuple[Tensor, Tensor]:
     states_TBLD = unpack(code_TBLN, grad_TBLD.shape[-1])
     grads = []
@@ -326,7 +354,7 @@ def _membrane_backward(
             grad = grad + (d * _left(state, alpha, reset)) * leak
         d = grad
         grads.insert(0, d.to(grad_TBLD.dtype))
-    return torch.stack(grads), alpha_T.new_empty(0) if reset == "memoryless" else d
+    return torch.stack(grads), d if leaves and reset != "memoryless" else alpha_T.new_empty(0)
 
 
 def worth(alpha_T: Tensor, dtype: torch.dtype) -> Tensor:
@@ -351,7 +379,8 @@ def unpack(code_TBLN: Tensor, width: int) -> Tensor:
 def _spikes(state: Tensor, a: Tensor) -> Tensor:
     """What the states are worth where a spike is worth `a`, in its dtype."""
     sign = (state & 1) * 2 - (state != 0).to(torch.uint8)  # 1, 0, or -1 as 255
-    return (sign.view(torch.int8).to(a.dtype) * a).masked_fill_(state == NOT_FINITE, torch.nan)
+    spikes = (sign.view(torch.int8).to(a.dtype) * a).masked_fill_(state == NOT_FINITE, torch.nan)
+    return spikes.masked_fill_(state == 0, 0)  # 0 times an amplitude that fp16 does not hold is none
 
 
 def _left(state: Tensor, alpha: Tensor, reset: str) -> Tensor:

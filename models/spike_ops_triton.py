@@ -20,7 +20,7 @@ GELU, GELU_TANH = tl.constexpr(0), tl.constexpr(1)
 NOT_FINITE, FIRST_SATURATED = tl.constexpr(5), tl.constexpr(3)
 
 BLOCK_H = 128
-ELEMENTS = 1024
+BLOCK_BYTES = 1024
 """Bytes of a program, so that the membranes of their elements fit into its registers."""
 
 
@@ -53,7 +53,7 @@ def encode(
     _encode[grid](
         *(x_TBLD, alpha_T, floored_T, x_TBLD if carry_BLD is None else carry_BLD),
         *(left_BLD, code_TBLN, partial, apart_t, apart_n, N, D, H),
-        *(T, reset, leak, carry_BLD is not None, activation, gated, *blocks),
+        *(T, reset, leak, carry_BLD is not None, left_BLD.numel() > 0, activation, gated, *blocks),
         enable_fp_fusion=False,  # the order of roundings is the reference's
     )
     measured.copy_(partial.sum(-1, dtype=torch.float64).view_as(measured))
@@ -88,7 +88,7 @@ def membrane_backward(
     _membrane_backward[grid](
         *(grad_TBLD, code_TBLN, alpha_T, floored_T, grad_TBLD if grad_carry_BLD is None else grad_carry_BLD),
         *(grad_TBLD if hidden_TBLF is None else hidden_TBLF, grad_x_TBLD, grad_left_BLD, apart_t, apart_n, N, D, H),
-        *(T, reset, leak, grad_carry_BLD is not None, activation, gated, *blocks),
+        *(T, reset, leak, grad_carry_BLD is not None, grad_left_BLD.numel() > 0, activation, gated, *blocks),
         enable_fp_fusion=False,
     )
 
@@ -100,7 +100,7 @@ def _sizes(x_TBLD: Tensor, code_TBLN: Tensor) -> tuple[int, int, int, int]:
 
 def _grid(rows: int, bytes_: int) -> tuple[tuple[int, int], tuple[int, int]]:
     block_h = min(BLOCK_H, triton.next_power_of_2(bytes_))
-    block_n = ELEMENTS // BLOCK_H
+    block_n = BLOCK_BYTES // block_h
     # A grid without programs is refused; one without rows has nothing to write.
     return (max(1, triton.cdiv(rows, block_n)), triton.cdiv(bytes_, block_h)), (block_n, block_h)
 
@@ -169,8 +169,8 @@ def _fire(m, alpha, a, RESET: tl.constexpr, LEAK: tl.constexpr):
 @triton.jit
 def _encode(
     x_ptr, alpha_ptr, floored_ptr, carry_ptr, left_ptr, code_ptr, partial_ptr, stride_t, stride_n, N, D, H,
-    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, LEAVES: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
@@ -206,7 +206,7 @@ def _encode(
         tl.store(into + apart, up.to(compute), rows < N)
         tl.store(into + 2 * apart, down.to(compute), rows < N)
         tl.store(into + 3 * apart, beyond.to(compute), rows < N)
-    if RESET != MEMORYLESS:
+    if LEAVES:
         tl.store(left_ptr + n * D + h, carry_0, in_0)
         tl.store(left_ptr + n * D + H + h, carry_1, in_1)
         tl.store(left_ptr + n * D + 2 * H + h, carry_2, in_2)
@@ -261,8 +261,8 @@ def _pass_on(d, hidden, into, within, D, ACTIVATION: tl.constexpr, GATED: tl.con
 def _membrane_backward(
     grad_ptr, code_ptr, alpha_ptr, floored_ptr, carry_ptr, hidden_ptr, grad_x_ptr, left_ptr, stride_t, stride_n,
     N, D, H,
-    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    T: tl.constexpr, RESET: tl.constexpr, LEAK: tl.constexpr, HAS_CARRY: tl.constexpr, LEAVES: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
@@ -294,7 +294,7 @@ def _membrane_backward(
         _pass_on(d_0, hidden, into, in_0, D, ACTIVATION, GATED)
         _pass_on(d_1, hidden + H, into + H, in_1, D, ACTIVATION, GATED)
         _pass_on(d_2, hidden + 2 * H, into + 2 * H, in_2, D, ACTIVATION, GATED)
-    if RESET != MEMORYLESS:
+    if LEAVES:
         tl.store(left_ptr + n * D + h, d_0, in_0)
         tl.store(left_ptr + n * D + H + h, d_1, in_1)
         tl.store(left_ptr + n * D + 2 * H + h, d_2, in_2)

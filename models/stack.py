@@ -232,6 +232,8 @@ class SpikeStack(nn.Module):
         else:
             mask = None if visible_BL is None else visible_BL[:, None, None, :]
             places = TokenPlaces.of(visible_BL) if counted and len(self.layers) else None
+            if places is not None and places.are_all:
+                places = mask = None  # without a mask GPUs have faster kernels
         mask = None if mask is None else mask.repeat(self.config.num_timesteps, 1, 1, 1)
         rotary = rotary_angles(self.config, position_ids_BL) if traits.positions == "rotary" else None
         return BatchLayout(mask, None if places else counted_BL, rotary, places)

@@ -5,6 +5,7 @@ fine-tuning from random weights. Prints a table, and writes it and a plot of it.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pipeline.task_results import RESULTS
 from pipeline.tasks import VALIDATION
 
 TABLE, PLOT = "compare.md", "compare.png"
-LOSS = "masked_lm_loss"  # what is fine-tuned are encoders
+LOSS, ENTROPY = "masked_lm_loss", "unigram_entropy"  # what is fine-tuned are encoders
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Variant:
     name: str
     heldout_loss: float
     """At the end of pretraining, in nats per masked token."""
+    unigram_entropy: float
+    """Of the same tokens: whose differ were measured on others."""
     tuned: dict[str, Any]
     scratch: dict[str, Any]
 
@@ -41,14 +44,19 @@ def read_variant(name: str, pretrained: str, tuned: str, scratch: str) -> Varian
     run = Path(pretrained)
     if not (run / "DONE").exists():
         raise ValueError(f"{pretrained} is no finished run: its command again goes on")
-    losses = [record[LOSS] for record in read_metrics(run / METRICS_FILE) if record["kind"] == "heldout"]
-    return Variant(name, losses[-1], _read_results(tuned), _read_results(scratch))
+    last = [record for record in read_metrics(run / METRICS_FILE) if record["kind"] == "heldout"][-1]
+    return Variant(name, last[LOSS], last[ENTROPY], _read_results(tuned), _read_results(scratch))
 
 
 def refuse_others(variants: Sequence[Variant]) -> None:
-    """ValueError where the variants were not fine-tuned on the same rows, or by other seeds."""
+    """ValueError where the variants were measured on other tokens, or fine-tuned on other rows or by other seeds."""
     first = variants[0]
     for variant in variants:
+        if not math.isclose(variant.unigram_entropy, first.unigram_entropy, rel_tol=1e-6):
+            raise ValueError(
+                f"{variant.name} was pretrained on other tokens (unigram entropy {variant.unigram_entropy:.4f}) than "
+                f"{first.name} ({first.unigram_entropy:.4f}): pretrain all by one recipe"
+            )
         for summary in (variant.tuned, variant.scratch):
             for key in ("task", "rows", "seeds", "chosen_by", "baseline"):
                 if summary[key] != first.tuned[key]:

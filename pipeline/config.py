@@ -444,8 +444,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     """Dotted names and values of a nested mapping; mappings in a list have their numbers for names."""
     for key, value in tree.items():
         if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
-            value = {str(number): item for number, item in enumerate(value)}  # noqa: PLW2901 (one name for both)
-        if isinstance(value, Mapping):
+            yield from _leaves({str(number): item for number, item in enumerate(value)}, f"{prefix}{key}.")
+        elif isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -33,6 +33,8 @@ STOPPED = 75
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 3.0
 """Within which a rank that is alive has answered the roll call, or told that it fails."""
+START_SECONDS = 30.0
+"""How long the others leave it to rank 0, which may still be starting, to say what all of them have found alike."""
 PATIENCE_SECONDS = 10.0
 """How long a rank that fails waits for the others to hear of it, and a thread for its main thread to find out."""
 
@@ -186,7 +188,7 @@ def end_by(error: BaseException, roll_call: RollCall | None, is_alike: bool = Fa
             _tell(error)
         else:  # launchers kill all processes when one ends, and rank 0 may be about to speak
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(ANSWER_SECONDS)
+            time.sleep(START_SECONDS if is_alike else ANSWER_SECONDS)
         leave(_code_of(error))
     reason = None
     if is_lost(error):

@@ -13,12 +13,13 @@ from pathlib import Path
 from data_prep.files import read_json, write_json
 from data_prep.tokenization import tokenizer_fingerprint
 from pipeline.checkpoint import Checkpointer, find_start, intact_checkpoint, refuse_changes
-from pipeline.ending import FINISHED, STOPPED, end_by, end_early, leave_code
+from pipeline.command import run_training
+from pipeline.ending import FINISHED, STOPPED
 from pipeline.engine import build_engine, seed_dropout, start_world
 from pipeline.finetune_config import FinetuneConfig, TaskRun, load_finetune_config, row_length, task_run
 from pipeline.loader import identity_differences
 from pipeline.run_folder import RunFolder
-from pipeline.stopping import StopRequest, outlive_readers
+from pipeline.stopping import StopRequest
 from pipeline.task_corpus import EncodedRows, TaskCorpus, TaskObjective, encode_task
 from pipeline.task_data import open_task
 from pipeline.task_model import Start, build_task_model, open_start, save_description
@@ -26,7 +27,7 @@ from pipeline.task_results import RESULT, describe_results, measure_seed, summar
 from pipeline.task_trainer import TaskTrainer
 from pipeline.tasks import TRAIN, TaskData, TaskSettings
 from pipeline.trainer import open_metrics
-from pipeline.world import World, current_world, leave_world
+from pipeline.world import World
 
 
 @dataclass(frozen=True)
@@ -148,19 +149,7 @@ def _say(title: str, remarks: Iterable[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The command. Its exit codes, and what it says where it cannot go on, are those of pipeline.ending."""
-    outlive_readers()
-    stop = StopRequest(at_once=end_early)
-    stop.listen()
-    config = None
-    try:
-        config = load_finetune_config(arguments)
-        code = finetune(config, stop)
-        leave_world()
-    except Exception as error:  # noqa: BLE001 (a bug, too, must not leave the other ranks waiting)
-        world = current_world()
-        end_by(error, world.roll_call if world else None, is_alike=config is None)
-    leave_code(code)
-    return code
+    return run_training(lambda: load_finetune_config(arguments), finetune)
 
 
 if __name__ == "__main__":

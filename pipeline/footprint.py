@@ -383,6 +383,9 @@ def _traced(config: RunConfig, data: Data, device: DeviceKind) -> PassBytes:
         model = model.to(torch.bfloat16)
     engine, stack = config.engine, spiking_stack(model)
     stack.set_checkpointing(engine.checkpointing, engine.checkpointing_timesteps, engine.recompute_hidden)
+    is_triton = device == "gpu" and engine.spike_backend == "auto"
+    stack.set_spike_backend("triton" if is_triton else engine.spike_backend, torch.device("meta"))
+    stack.train_firing_rate(config.training.firing_penalty > 0)
     model.logits_at_once = engine.logits_at_once
     batch, losses = _batch(config, data.sample_length)
     return trace_pass(model, batch, losses, counted_positions(config, data.sample_length), device)

@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -149,39 +149,62 @@ class SpikeHealth:
         `stats` are of one step over all ranks, `amplitudes` [sites, T] those that it leaves. Remedies are for a new
         run: they change what is trained.
         """
-        if not self._site_names or step < self._settled_at:
+        if not self._site_names:
             return []
-        rate, is_counted = stats.firing_rate, stats.sums[..., 1] > 0
-        is_elastic = self._neuron.kind == "elastic"
-        busier, calmer = ("lower", "raise") if is_elastic else ("raise", "lower")
-        dial = "model.neuron.frequency" if is_elastic else "model.neuron.leak"
-        found = self._tell(rate, is_counted & (rate < self.LEAST_RATE), f"fires at {{:.1%}}: {busier} {dial}")
-        found += self._tell(rate, is_counted & (rate > self.HIGHEST_RATE), f"fires at {{:.1%}}: {calmer} {dial}")
-        if is_elastic:
-            found += self._elastic_faults(stats, amplitudes.double())
-        return found
+        rate, is_counted, found = stats.firing_rate, stats.sums[..., 1] > 0, []
+        if self._neuron.kind == "elastic":
+            drift = amplitudes.double() / self._fitting(stats)
+            is_far = is_counted & ((drift > self.MOST_DRIFT) | (drift < 1 / self.MOST_DRIFT)) & drift.isfinite()
+            is_counted = is_counted & ~is_far  # what follows from an amplitude that does not fit is told once
+            if step >= self._settled_at:
+                found += self._amplitude_faults(drift, is_far, stats.saturated_share, is_counted)
+        found += self._tell(rate, is_counted & (rate < self.LEAST_RATE), "fires at {:.1%}: ", self._for_more_spikes)
+        return found + self._tell(
+            rate, is_counted & (rate > self.HIGHEST_RATE), "fires at {:.1%}: ", self._for_fewer_spikes
+        )
 
-    def _elastic_faults(self, stats: SpikeStats, amplitudes: Tensor) -> list[str]:
-        k = amplitudes.new_tensor([self._neuron.frequency_of(name) for name in self._site_names])[:, None]
-        fits, saturated = k * stats.mean_membrane, stats.saturated_share
-        drift = amplitudes / fits
-        is_far = (fits > 0) & ((drift > self.MOST_DRIFT) | (drift < 1 / self.MOST_DRIFT))
-        is_saturated = (saturated > self.MOST_SATURATED) & ~is_far
+    def _fitting(self, stats: SpikeStats) -> Tensor:
+        """The amplitudes that calibrating now would give, [sites, T]."""
+        k = [self._neuron.frequency_of(name) for name in self._site_names]
+        return stats.mean_membrane.new_tensor(k)[:, None] * stats.mean_membrane
+
+    def _amplitude_faults(self, drift: Tensor, is_far: Tensor, saturated: Tensor, is_fit: Tensor) -> list[str]:
         if self._neuron.amplitude == "frozen":
             remedy = "set model.neuron.amplitude tracked"
         else:
             remedy = "lower model.neuron.momentum or optimizer.learning_rate"
-        found = self._tell(saturated, is_saturated, "is saturated at {:.0%}: raise model.neuron.frequency")
-        return found + self._tell(drift, is_far, "has {:.2g} times the amplitude that fits its membrane: " + remedy)
+        is_saturated = is_fit & (saturated > self.MOST_SATURATED)
+        found = self._tell(saturated, is_saturated, "is saturated at {:.0%}: ", self._for_fewer_spikes)
+        return found + self._tell(
+            drift, is_far, "has {:.2g} times the amplitude that fits its membrane: ", lambda site: remedy
+        )
 
-    def _tell(self, values: Tensor, is_ill: Tensor, text: str) -> list[str]:
+    def _for_more_spikes(self, site: str) -> str:
+        return f"lower {self._frequency(site)}" if self._neuron.kind == "elastic" else self._for_lif(site, "raise")
+
+    def _for_fewer_spikes(self, site: str) -> str:
+        return f"raise {self._frequency(site)}" if self._neuron.kind == "elastic" else self._for_lif(site, "lower")
+
+    def _frequency(self, site: str) -> str:
+        """The field that has a site's k."""
+        kind = site.rpartition(".")[2]
+        own = f"site_frequencies.{kind}" if kind in self._neuron.site_frequencies else "frequency"
+        return f"model.neuron.{own}"
+
+    def _for_lif(self, site: str, way: str) -> str:
+        """Of neurons without membrane, and where there is no timestep to leak to, only the input decides."""
+        has_membrane = self._neuron.num_timesteps > 1 and not site.endswith((".key", ".value"))
+        return f"{way} model.neuron.leak" if has_membrane else "set model.neuron.kind elastic, which follows its input"
+
+    def _tell(self, values: Tensor, is_ill: Tensor, text: str, remedy: Callable[[str], str]) -> list[str]:
         """`text`, filled in, for each site that is ill at some timestep and of which it has not been told."""
         lines = []
         for site in is_ill.any(1).nonzero().flatten().tolist():
-            if (name := self._site_names[site], text) not in self._told:
-                self._told.add((name, text))
+            name = self._site_names[site]
+            if (name, told := text + remedy(name)) not in self._told:
+                self._told.add((name, told))
                 t = int(is_ill[site].nonzero()[0])
-                lines.append(f"{name}, timestep {t + 1}, {text.format(float(values[site, t]))}, in a new run (--name)")
+                lines.append(f"{name}, timestep {t + 1}, {told.format(float(values[site, t]))}, in a new run (--name)")
         return lines
 
 

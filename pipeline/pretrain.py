@@ -10,15 +10,15 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.checkpoint import Checkpointer, find_start
+from pipeline.command import run_training
 from pipeline.config import RunConfig, load_run_config
 from pipeline.corpus import build_missing_shards, open_corpus
-from pipeline.ending import FINISHED, STOPPED, Stopped, end_by, end_early, leave_code
+from pipeline.ending import FINISHED, STOPPED, Stopped
 from pipeline.engine import build_engine, seed_dropout, seed_weights, start_world
 from pipeline.model import build_model
 from pipeline.run_folder import RunFolder
-from pipeline.stopping import StopRequest, outlive_readers
+from pipeline.stopping import StopRequest
 from pipeline.trainer import Trainer, open_metrics
-from pipeline.world import current_world, leave_world
 
 DEFAULT_RECIPE = "launch/recipes/demo.yaml"
 
@@ -70,21 +70,9 @@ def _say_stopped(step: int, total_steps: int, stopped_by: str | None) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The command. Its exit codes, and what it says where it cannot go on, are those of pipeline.ending."""
-    outlive_readers()
-    stop = StopRequest(at_once=end_early)
-    stop.listen()
     if not any(argument.partition("=")[0] in ("--recipe", "--help", "-h") for argument in arguments):
         arguments = ["--recipe", DEFAULT_RECIPE, *arguments]
-    config = None
-    try:
-        config = load_run_config(arguments)
-        code = pretrain(config, stop)
-        leave_world()
-    except Exception as error:  # noqa: BLE001 (a bug, too, must not leave the other ranks waiting)
-        world = current_world()
-        end_by(error, world.roll_call if world else None, is_alike=config is None)
-    leave_code(code)
-    return code
+    return run_training(lambda: load_run_config(arguments), pretrain)
 
 
 if __name__ == "__main__":

@@ -163,11 +163,11 @@ def _firing_lines(run: Run) -> list[str]:
 
 
 def _health_lines(run: Run) -> list[str]:
-    found: dict[str, str] = {}
+    found: dict[tuple[str, str], str] = {}
     for record in run.health:
-        for text in record["warnings"]:
-            place_and_fault, _, remedy = text.partition(": ")
-            found.setdefault(place_and_fault, f"    from step {record['step']}: {place_and_fault}: {remedy}")
+        for text in record["warnings"]:  # a resumed run tells once more what it finds, by the values of then
+            site, remedy = text.partition(",")[0], text.partition(": ")[2]
+            found.setdefault((site, remedy), f"    from step {record['step']}: {text}")
     return [_line("faults of neurons", str(len(found))), *found.values()] if found else []
 
 

@@ -193,12 +193,12 @@ def _spike_faults(kind: str, recompute_hidden: bool, backend: str) -> Iterator[s
             )
 
 
-def _penalty_faults(kind: str, firing_penalty: float) -> Iterator[str]:
+def _penalty_faults(kind: str, overrides: Mapping[str, Any], firing_penalty: float) -> Iterator[str]:
+    effect = f"training.firing_penalty: {firing_penalty} has no effect"
     if firing_penalty and kind != "elastic":
-        yield (
-            f"training.firing_penalty: {firing_penalty} has no effect with model.neuron.kind {kind}: elastic neurons "
-            "alone have a gradient of their firing rate"
-        )
+        yield f"{effect} with model.neuron.kind {kind}: elastic neurons alone have a gradient of their firing rate"
+    if firing_penalty and overrides.get("num_hidden_layers") == 0:
+        yield f"{effect} with model.overrides.num_hidden_layers 0, where nothing fires: leave one of them out"
 
 
 def _batch_faults(global_batch_size: int, micro_batch_size: int) -> Iterator[str]:
@@ -265,7 +265,7 @@ RULES = (
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),
-    Rule(("model.neuron.kind", "training.firing_penalty"), _penalty_faults),
+    Rule(("model.neuron.kind", "model.overrides", "training.firing_penalty"), _penalty_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
     Rule(
         ("data.phases", "training.total_steps", "training.global_batch_size", "training.micro_batch_size"),

@@ -171,7 +171,8 @@ def trace_pass(
     """Run a model on the meta device, forward and backward, and count.
 
     Args:
-        model: in the types that are trained, with its checkpointing set; a model of ours, fresh.
+        model: in the types that are trained, with checkpointing and backend set; a model of ours, fresh. Where its
+            firing rate is trained, that is part of what is differentiated.
         batch: tensors on the meta device, as pipeline.objectives makes them.
         losses: names of pipeline.objectives.LABELS.
         counted: how many labels count.
@@ -204,8 +205,10 @@ def trace_pass(
     hooks += [model.model.embeddings.register_forward_hook(behind_embeddings)]
     with kernels_of(device), CountedPositions(counted), live:
         output = model(**{name: tensor.clone() for name, tensor in batch.items()})
-        sums = torch.stack([getattr(output, f"{name}_loss_sum") for name in losses])
-        sums.sum().backward()
+        sums = [getattr(output, f"{name}_loss_sum") for name in losses]
+        if output.firing_sum is not None and output.firing_sum.requires_grad:
+            sums.append(output.firing_sum.to(sums[0].dtype))
+        torch.stack(sums).sum().backward()
         mark("embeddings")()
     for hook in hooks:
         hook.remove()

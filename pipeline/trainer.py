@@ -132,7 +132,7 @@ class Trainer:
         saved.
         """
         self.engine.train()
-        counted = [*count_targets(batch.tensors, self.losses), batch.tensors["attention_mask"].sum()]
+        counted = [*count_targets(batch.tensors, self.losses), self._count_tokens(batch.tensors["attention_mask"])]
         *counts, tokens = self.world.sum(torch.stack(counted).to(self.world.device, torch.float64))
         counts, divided = torch.stack(counts), self.world.size * self.accumulation
         learning_rate = self.engine.get_lr()[0]  # read now: the step moves the schedule on
@@ -183,6 +183,11 @@ class Trainer:
             inputs = self._on_device({name: tensor[:rows] for name, tensor in first.items()})
             calibrate_amplitudes(self.engine, inputs)
         self.metrics.log_evaluation(0, self.evaluate())
+
+    def _count_tokens(self, attention_mask: Tensor) -> Tensor:
+        """Those that count in firing rates."""
+        counts_padding = self.stack.config.neuron.count_padding
+        return attention_mask.new_tensor(attention_mask.numel()) if counts_padding else attention_mask.sum()
 
     def _follow_phases(self) -> None:
         """Take the batch sizes of the phase that comes next."""

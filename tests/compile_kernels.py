@@ -4,6 +4,7 @@ Triton's interpreter, in which the kernels are tested, takes more than its compi
 """
 
 import json
+from itertools import product
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -22,9 +23,12 @@ def main() -> None:
     """Compile every kernel in every form that differs."""
     fused = {}
     for dtype, compute in DTYPES.items():
-        for reset, name in enumerate(RESETS):
-            form = {"T": 3, "RESET": reset, "LEAK": 0.25, "HAS_CARRY": reset > 0, "ACTIVATION": None, "GATED": False}
-            form |= BLOCKS
+        for (reset, name), in_cells in product(enumerate(RESETS), (False, True)):
+            if in_cells and not reset:
+                continue
+            form = {"T": 3, "RESET": reset, "LEAK": 0.25, "HAS_CARRY": in_cells, "LEAVES": in_cells, **BLOCKS}
+            form |= {"ACTIVATION": None, "GATED": False}
+            name = f"{name} in cells" if in_cells else name
             fused[f"encode {dtype} {name}"] = compile_for_gpu(kernels._encode, form, "x_ptr", dtype, compute)
             fused[f"backward {dtype} {name}"] = compile_for_gpu(
                 kernels._membrane_backward, form, "grad_ptr hidden_ptr grad_x_ptr", dtype, compute

@@ -64,9 +64,8 @@ class BruteForce:
         for t, x_t in enumerate(x):
             m = x_t if memoryless else carry + x_t
             elements = m[self.counted]
-            alpha = (
-                self.config.frequency * elements.abs().mean() if self.given is None else self.given[site, t].double()
-            )
+            k = self.config.frequency_of(SITES[site % len(SITES)])
+            alpha = k * elements.abs().mean() if self.given is None else self.given[site, t].double()
             s = (m / alpha).round().clamp(-1, 1)
             carry = m * 0.25 * (alpha - s * alpha if self.config.reset == "released" else 1 - s.abs())
             spikes = s[self.counted]
@@ -250,7 +249,8 @@ def test_a_tracked_amplitude_follows_its_formula():
 
 def test_sites_have_frequencies_of_their_own():
     """As measured and as tracked; the others keep theirs."""
-    common, own = {"amplitude": "tracked", "momentum": 0.9}, {"site_frequencies": {"value": 0.7, "mlp_down": 2.8}}
+    common = {"frequency": 1.4, "amplitude": "tracked", "momentum": 0.9}
+    own = {"site_frequencies": {"value": 0.7, "mlp_down": 2.8}}
     plain, model = calibrated_model(common), calibrated_model(common | own)
     factors = torch.tensor([0.7 if "value" in name else 2.8 if "down" in name else 1.4 for name in SITES])
     first = slice(0, 3)  # the sites whose inputs no other amplitude has changed yet

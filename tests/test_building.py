@@ -101,7 +101,7 @@ def test_a_model_computes_as_the_recipe_says():
         assert layer.mlp.up.recompute and not layer.mlp.down.recompute and layer.spike_backend == "torch"
     assert model.logits_at_once == 7
     with pytest.raises(ValueError, match="'cpp' cannot run here"):
-        set_execution(model, replace(engine, spike_backend="cpp"), torch.device("meta"))
+        set_execution(model, replace(engine, spike_backend="cpp"), torch.device("cuda"))
 
 
 def exported(folder, **overrides):

@@ -13,11 +13,12 @@ def spread(*values):
     return {"mean": sum(values) / len(values), "spread": abs(values[0] - values[1]) / 2**0.5, "values": list(values)}
 
 
-def write_variant(folder, name, tuned, scratch, spikes=None, **other):
+def write_variant(folder, name, tuned, scratch, spikes=None, entropy=5.5, **other):
     """The folders of a variant: a pretraining that ended at 3.25 nat, and two fine-tunings."""
     run = folder / name
     run.mkdir()
-    records = [{"kind": "heldout", "step": step, "masked_lm_loss": 5.0 - 0.35 * step} for step in (0, 5)]
+    losses = {step: {"masked_lm_loss": 5.0 - 0.35 * step, "unigram_entropy": entropy} for step in (0, 5)}
+    records = [{"kind": "heldout", "step": step, **values} for step, values in losses.items()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (run / "DONE").write_text("{}")
     for start, values in (("tuned", tuned), ("scratch", scratch)):
@@ -52,6 +53,11 @@ def test_what_is_not_alike_is_not_compared(variants, tmp_path, capsys):
     other = write_variant(tmp_path, "other", (0.7, 0.8), (0.6, 0.5), rows={"train": 8})
     assert main([*variants, *other, "--output", str(tmp_path / "out")]) == 2
     assert "other-tuned: rows is {'train': 8}, but {'train': 9} in ours-tuned" in capsys.readouterr().err
+    other = write_variant(tmp_path, "masked", (0.7, 0.8), (0.6, 0.5), entropy=5.4)
+    assert main([*variants, *other, "--output", str(tmp_path / "out")]) == 2
+    assert (
+        "masked was pretrained on other tokens (unigram entropy 5.4000) than ours (5.5000)" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 

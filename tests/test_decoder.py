@@ -215,7 +215,8 @@ def test_calibration_measures_each_site_on_what_its_forerunners_fire():
     model = ready_decoder(batch=batch)
     stack = model.model.stack
     assert stack.amplitudes.shape == (12, 4) and stack.site_names[:6] == [f"layer0.{site}" for site in SITES]
-    measured = model.config.neuron.frequency * SpikeStats(model(**batch).spike_stats).mean_membrane
+    k = torch.tensor([model.config.neuron.frequency_of(name) for name in stack.site_names])[:, None]
+    measured = k * SpikeStats(model(**batch).spike_stats).mean_membrane
     torch.testing.assert_close(measured.float(), stack.amplitudes, rtol=1e-6, atol=0)
     elsewhere = ready_decoder(batch={"input_ids": token_ids(seed=8)})
     assert not torch.allclose(elsewhere.model.stack.amplitudes, stack.amplitudes, rtol=1e-3)

@@ -219,7 +219,7 @@ def test_rank_0_may_not_keep_all_waiting_unless_it_is_known_to_take_long(tmp_pat
 
 
 def end_alone(output, variables, is_alike=True):
-    ending.ANSWER_SECONDS = 0.1
+    ending.ANSWER_SECONDS = ending.START_SECONDS = 0.1
     os.environ.update(variables)
     with open(unread_pipe() if output is None else output, "w") as file:
         os.dup2(file.fileno(), 2)
@@ -238,6 +238,19 @@ def end_alone(output, variables, is_alike=True):
 def test_before_the_ranks_have_met_rank_0_speaks(tmp_path, variables, output):
     assert exit_code(end_alone, tmp_path / "output.txt", variables) == ending.BAD_INPUT
     assert (tmp_path / "output.txt").read_text() == output
+
+
+def wait_alone(output):
+    """End as rank 1, which writes down how long it waits instead of waiting."""
+    os.environ["RANK"], ending.START_SECONDS = "1", 600.0
+    ending.time.sleep = lambda seconds: output.write_text(f"{seconds}")
+    end_by(ValueError("bad recipe"), None, is_alike=True)
+
+
+def test_before_rank_0_has_started_the_others_do_not_end(tmp_path):
+    """Or launchers would kill it before it has said what is wrong."""
+    assert exit_code(wait_alone, tmp_path / "output.txt") == ending.BAD_INPUT
+    assert (tmp_path / "output.txt").read_text() == "600.0"
 
 
 def test_before_the_ranks_have_met_each_tells_what_it_alone_has_found(tmp_path):

@@ -33,13 +33,13 @@ def slopes(reset, alpha_T, x_TBLD, spikes):
 @pytest.mark.parametrize("with_product", [False, True])
 def test_counts_of_spikes_have_the_gradient_of_the_spikes_themselves(reset, with_product):
     x_TBLD = torch.randn(T, B, L, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    alpha_T, firing = torch.tensor([0.9, 1.1, 1.3]), Firing(reset, 0.25, "torch", trains_rate=True)
+    alpha_T, firing = torch.tensor([0.9, 1.1, 1.3], dtype=torch.float64), Firing(reset, 0.25, "torch", trains_rate=True)
     weight = torch.ones(4, D, dtype=torch.float64)
     if with_product:
         ours, plain = slopes(reset, alpha_T, x_TBLD, lambda x, a: spike_linear(x, weight, None, a, None, firing)[1])
     else:
         ours, plain = slopes(reset, alpha_T, x_TBLD, lambda x, a: spike(x, a, None, firing)[2])
-    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     assert (plain != 0).any()
 
 
@@ -80,3 +80,6 @@ def test_neurons_without_that_gradient_are_refused():
     lif = ["--recipe", "tests/distributed/tiny.yaml", "--model.neuron.kind", "lif", "--training.firing_penalty", "0.1"]
     with pytest.raises(ValueError, match="firing_penalty: 0.1 has no effect with model.neuron.kind lif: elastic"):
         load_run_config(lif)
+    empty = [*lif[:2], "--model.overrides.num_hidden_layers", "0", "--training.firing_penalty", "0.1"]
+    with pytest.raises(ValueError, match="firing_penalty: 0.1 has no effect with .*num_hidden_layers 0, where nothing"):
+        load_run_config(empty)

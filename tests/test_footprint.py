@@ -85,16 +85,19 @@ def test_live_bytes_are_those_of_storages_that_live():
 
 @pytest.mark.parametrize("preset", ["encoder-tiny", "decoder-tiny"])
 @pytest.mark.parametrize(
-    ("mode", "precision"), [("none", "fp32"), ("none", "bf16"), ("layer", "fp32"), ("timestep", "bf16")]
+    ("mode", "precision", "penalty"),
+    [("none", "fp32", 0.1), ("none", "bf16", 0.0), ("layer", "fp32", 0.0), ("timestep", "bf16", 0.1)],
 )
-def test_a_traced_pass_takes_what_a_real_one_takes(small, preset, mode, precision):
+def test_a_traced_pass_takes_what_a_real_one_takes(small, preset, mode, precision, penalty):
     """Dropout included. More layers are traced than real ones: the fourth is the third's like."""
     config = small(preset, neuron=TWO_TIMESTEPS, checkpointing=mode, precision=precision)
+    config = changed(config, "training", firing_penalty=penalty)
     traced = pass_bytes(config, DATA, "cpu")
     model = empty_model(config, DATA.vocab_size)
     draw_weights(model)
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     model.model.stack.set_checkpointing(mode)
+    model.model.stack.train_firing_rate(penalty > 0)
     model.logits_at_once = config.engine.logits_at_once
     batch = batch_of(config, DATA.sample_length, 1)
     calibrate_amplitudes(model, batch)
@@ -103,8 +106,17 @@ def test_a_traced_pass_takes_what_a_real_one_takes(small, preset, mode, precisio
     live = LiveBytes("cpu")
     with live:
         output = model.train()(**{name: tensor.clone() for name, tensor in batch.items()})
-        output.loss.backward()
+        (output.loss + penalty * output.firing_sum if penalty else output.loss).backward()
     assert live.peak == pytest.approx(traced.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("preset", ["encoder-tiny", "decoder-tiny"])
+def test_on_gpus_the_activation_takes_no_memory_of_its_own(small, preset):
+    """The kernel of the neuron behind it computes it. What is kept is the same: its input."""
+    fused, apart = (pass_bytes(small(preset, spike_backend=backend), DATA, "gpu") for backend in ("auto", "torch"))
+    output = 4 * 2 * DATA.sample_length * SHAPE["intermediate_size"] * 4  # T, B, L, F and bytes
+    assert apart.forward - fused.forward == pytest.approx(output, rel=0.1)
+    assert fused.kept == apart.kept
 
 
 def test_peaks_with_more_layers_are_those_of_a_longer_trace(small, monkeypatch):

@@ -199,6 +199,8 @@ def test_what_does_not_fit_together_is_refused():
         encode_activated(hidden, alpha, hidden[0], *how)
     with pytest.raises(ValueError, match=r"a gradient of shape \(2, 1, 3, 140\) for an activation of \(2, 1, 3, 70\)"):
         activated_backward(hidden, hidden, code, alpha, None, *how)
+    with pytest.raises(ValueError, match="a gated activation of 139 elements a row: they must be gate and rest"):
+        encode_activated(hidden[..., 1:], alpha, None, *how)
 
 
 # Layers

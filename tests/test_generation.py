@@ -66,7 +66,7 @@ def test_generation_is_the_same_with_a_cache_as_without(settings, way):
     assert torch.equal(cached.sequences, uncached.sequences)
     for one, other in zip(cached.logits, uncached.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # transformers hands them out in fp32
-    assert len(cached.logits) > 6
+    assert len(cached.logits) > 5
 
 
 @each_neuron

@@ -208,6 +208,7 @@ def site_stats(*, membrane=0.5, rate=0.4, saturated=0.1):
 
 ELASTIC = NeuronConfig(frequency=2.0, amplitude="tracked", momentum=0.99)
 FROZEN = NeuronConfig(frequency=2.0, amplitude="frozen")
+OWN = NeuronConfig(frequency=1.4, site_frequencies={"key": 2.0})
 AMPLITUDES = torch.ones(2, 2)
 
 
@@ -216,7 +217,8 @@ AMPLITUDES = torch.ones(2, 2)
     [
         (ELASTIC, {"rate": 0.01}, "fires at 1.0%: lower model.neuron.frequency"),
         (ELASTIC, {"rate": 0.97}, "fires at 97.0%: raise model.neuron.frequency"),
-        (NeuronConfig(kind="lif"), {"rate": 0.01}, "fires at 1.0%: raise model.neuron.leak"),
+        (OWN, {"rate": 0.01}, "fires at 1.0%: lower model.neuron.site_frequencies.key"),
+        (NeuronConfig(kind="lif"), {"rate": 0.01}, "fires at 1.0%: set model.neuron.kind elastic"),
         (ELASTIC, {"saturated": 0.7}, "is saturated at 70%: raise model.neuron.frequency"),
         (
             ELASTIC,
@@ -230,8 +232,13 @@ AMPLITUDES = torch.ones(2, 2)
             "has 0.25 times the amplitude that fits its membrane: set model.neuron.amplitude t",
         ),
         (FROZEN, {"membrane": 2.0, "saturated": 0.9}, "has 0.25 times the amplitude"),
+        (FROZEN, {"membrane": 2.0, "rate": 0.97}, "has 0.25 times the amplitude"),
+        (FROZEN, {"membrane": 0.1, "rate": 0.01}, "has 5 times the amplitude"),
     ],
-    ids=["silent", "busy", "silent lif", "saturated", "too small", "too large", "frozen", "saturated since too small"],
+    ids=[
+        *("silent", "busy", "silent by its own k", "silent lif", "saturated", "too small", "too large", "frozen"),
+        *("saturated since too small", "busy since too small", "silent since too large"),
+    ],
 )
 def test_a_site_that_hardly_works_is_named_once(neuron, ill, told):
     health = SpikeHealth(SITES, neuron)
@@ -244,6 +251,21 @@ def test_a_site_that_hardly_works_is_named_once(neuron, ill, told):
 def test_tracked_amplitudes_have_time_to_settle():
     assert SpikeHealth(SITES, ELASTIC).warnings(299, site_stats(membrane=2.0), AMPLITUDES) == []
     assert SpikeHealth(SITES, FROZEN).warnings(1, site_stats(membrane=2.0), AMPLITUDES)
+    assert SpikeHealth(SITES, ELASTIC).warnings(1, site_stats(rate=0.0), AMPLITUDES), "its amplitude fits all the same"
+
+
+@pytest.mark.parametrize(
+    ("site", "num_timesteps", "remedy"),
+    [
+        ("layer0.qkv", 4, "raise model.neuron.leak"),
+        ("layer0.qkv", 1, "set model.neuron.kind elastic"),
+        ("layer0.value", 4, "set model.neuron.kind elastic"),
+    ],
+)
+def test_a_leak_is_no_remedy_where_nothing_leaks(site, num_timesteps, remedy):
+    health = SpikeHealth(["layer0.mlp_up", site], NeuronConfig(kind="lif", num_timesteps=num_timesteps))
+    (line,) = health.warnings(1, site_stats(rate=0.0), torch.zeros(2, 2))
+    assert line.startswith(f"{site}, timestep 2, fires at 0.0%: {remedy}")
 
 
 def test_only_elastic_neurons_have_amplitudes_to_look_at():

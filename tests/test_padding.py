@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.amplitudes import calibrate_amplitudes
 from models.modeling import SpikeLMForPreTraining, SpikeLMModel
@@ -64,11 +65,24 @@ def test_a_neuron_that_counts_padding_gets_it():
 
 def test_rows_of_padding_alone_and_models_without_layers_are_computed_as_they_are():
     visible = torch.tensor(MASKS["anywhere"]).bool()
-    assert TokenPlaces.of(torch.zeros_like(visible)) is None and TokenPlaces.of(torch.ones_like(visible)) is None
+    assert TokenPlaces.of(torch.zeros_like(visible)) is None and TokenPlaces.of(torch.ones_like(visible)).are_all
     model = make_model({"kind": "none"}, num_hidden_layers=0, model_class=SpikeLMModel)
     batch = make_batch()
     hidden = model(batch["input_ids"], visible).last_hidden_state
     assert torch.equal(hidden, model.embeddings(batch["input_ids"]))
+
+
+def test_a_mask_that_hides_nothing_is_none_to_the_attention(monkeypatch):
+    model, batch, masks = make_model(), make_batch((10, 10, 10)), []
+    attend = F.scaled_dot_product_attention
+
+    def note(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    calibrate_amplitudes(model, batch)
+    assert masks == [None] * len(masks) != []
 
 
 def test_packing_and_padding_are_inverse_and_carry_gradients():

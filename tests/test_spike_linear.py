@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decoders import make_decoder, token_ids
-from tiny import fire_plainly, make_batch, make_model, project_by_fire
+from test_spike_ops import DEVICE, HAS_GPU, random
+from tiny import fire_and_count, make_batch, make_model, project_by_fire
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from models.amplitudes import BlockNeurons, calibrate_amplitudes
+from models.amplitudes import BlockNeurons, calibrate_amplitudes, spiking_stack
 from models.config import FAMILIES, SpikeLMConfig
 from models.neuron import run_memoryless, run_neuron
 from models.spike_linear import Firing, KeptAsCodes, spike, spike_linear
@@ -20,13 +22,9 @@ from pipeline.tracing import LiveBytes
 from tests.bench.bench_layer import bytes_kept
 
 T, D, E = 4, 70, 12
-ALPHA = torch.tensor([0.5, 0.9, 1.3, 0.7])
+ALPHA = torch.tensor([0.5, 0.9, 1.3, 0.7], device=DEVICE)
+COMPILED = "triton" if HAS_GPU else "cpp"
 RESETS = ("released", "normalized")
-
-
-def random(*shape, seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def arguments(dtype=torch.float32, carry=False):
@@ -38,7 +36,7 @@ def arguments(dtype=torch.float32, carry=False):
     return tensors if carry else [*tensors[:3], None]
 
 
-def firing(reset="released", backend="cpp"):
+def firing(reset="released", backend=COMPILED):
     return Firing(reset, 0.3, backend)
 
 
@@ -97,7 +95,7 @@ def test_a_neuron_alone_equals_plain_autograd():
         assert_close(gradients([ours], [x, carry]), gradients([theirs], [x, carry]), 1e-14)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.parametrize("backend", ["triton"] if HAS_GPU else ["triton", "cpp"])
 def test_backends_agree_to_the_bit(backend):
     x, weight, bias, carry = inputs = arguments(carry=True)
     outputs = [spike_linear(x, weight, bias, ALPHA, carry, firing(backend=each), F.gelu) for each in ("torch", backend)]
@@ -108,7 +106,7 @@ def test_backends_agree_to_the_bit(backend):
 
 def test_autocast_makes_the_product_narrow_and_leaves_the_neuron_as_it_is():
     x, weight, bias, _ = inputs = arguments()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         expected, expected_carry = plain(*inputs, "released", F.gelu)
         ours, _, left = spike_linear(x, weight, bias, ALPHA, None, firing(), F.gelu)
     assert ours.dtype == torch.bfloat16 and left.dtype == torch.float32
@@ -152,7 +150,9 @@ def test_two_uses_in_one_forward_under_a_checkpoint():
 def test_no_gradient_is_made_that_is_not_wanted():
     x, weight, bias, _ = (each if each is None else each.detach() for each in arguments())
     ours, *_ = spike_linear(x, weight.requires_grad_(), bias, ALPHA, None, firing())
-    ours.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        ours.sum().backward()
+    assert counter.get_total_flops() == 2 * weight.numel() * x[..., 0].numel(), "of the weight's gradient alone"
     assert weight.grad is not None and x.grad is None and bias.grad is None
     assert not spike_linear(x, weight.detach(), bias, ALPHA, None, firing())[0].requires_grad
 
@@ -192,7 +192,7 @@ def layer_of(family="bert", checkpointed=False, recompute=False, **overrides):
     torch.manual_seed(0)
     shape = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768, "hidden_dropout_prob": 0.0}
     config = SpikeLMConfig(**{"family": family, "attention_probs_dropout_prob": 0.0, **shape, **overrides})
-    layer, amplitudes = build_block(config), torch.full((6, T), torch.nan)
+    layer, amplitudes = build_block(config).to(DEVICE), torch.full((6, T), torch.nan, device=DEVICE)
     x = random(T, 2, 16, 192, seed=1)
     with torch.no_grad():
         layer(x, amplitudes, calibrate=True)
@@ -266,7 +266,7 @@ def test_a_layer_is_let_go_with_its_output():
     layer, amplitudes, x = layer_of()
     gc.disable()
     try:
-        live = LiveBytes("cpu")
+        live = LiveBytes(DEVICE.type)
         with live:
             output = layer(x.requires_grad_(), amplitudes)
         assert live.live > 8 * x.nbytes
@@ -285,15 +285,19 @@ def test_a_model_has_the_loss_and_gradients_of_plain_autograd(family, neuron, mo
         model, ids = make_decoder(neuron), token_ids()
         batch = {"input_ids": ids, "labels": ids}
     calibrate_amplitudes(model, batch)
-    ours = loss_and_gradients(model.train(), batch)
+    amplitudes = spiking_stack(model).amplitudes.clone()
+    ours, stats = loss_and_gradients(model.train(), batch)
     monkeypatch.setattr(BlockNeurons, "project", project_by_fire)
-    monkeypatch.setattr(BlockNeurons, "fire", fire_plainly)
-    expected = loss_and_gradients(model, batch)
+    monkeypatch.setattr(BlockNeurons, "fire", fire_and_count)
+    expected, counted = loss_and_gradients(model, batch)
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-6, atol=0)
     for mine, other in zip(ours[1:], expected[1:], strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-6 * float(other.abs().max()) + 1e-12)
+    torch.testing.assert_close(stats, counted, rtol=1e-6, atol=0)
+    calibrate_amplitudes(model, batch)
+    torch.testing.assert_close(spiking_stack(model).amplitudes, amplitudes, rtol=1e-6, atol=0)
 
 
 def loss_and_gradients(model, batch):
-    loss = model(**batch).loss
-    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+    output = model(**batch)
+    return [output.loss.detach(), *torch.autograd.grad(output.loss, list(model.parameters()))], output.spike_stats

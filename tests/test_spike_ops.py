@@ -203,7 +203,18 @@ def test_kernels_compile_for_gpus_and_round_as_the_reference_does():
     assert done.returncode == 0, done.stderr
     fused = json.loads(done.stdout.splitlines()[-1])
     assert fused.pop("encode gelu") and fused.pop("backward gelu"), "erf is a polynomial of them"
-    assert len(fused) == 18 and not any(fused.values()), fused
+    assert len(fused) == 26 and not any(fused.values()), fused
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reset", ["released", "normalized"])
+def test_a_carry_that_nobody_wants_is_not_made(backend, reset):
+    x, alpha, grad = random(3, 2, 3, 70, seed=0), random(3, seed=1).abs() + 0.3, random(3, 2, 3, 70, seed=2)
+    whole, bare = (encode(x, alpha, None, reset, LEAK, backend, leaves) for leaves in (True, False))
+    assert bare[2].numel() == 0 and all(torch.equal(*pair) for pair in zip(whole[:2], bare[:2], strict=True))
+    given = (grad, whole[0], alpha, None, reset, LEAK, backend)
+    ours, none = membrane_backward(*given, False)
+    assert none.numel() == 0 and torch.equal(ours, membrane_backward(*given)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -218,6 +229,15 @@ def test_what_does_not_fit_together_is_refused(backend):
         decode(code, alpha, 170, backend)
     with pytest.raises(ValueError, match="codes of 32 bytes a row do not hold 5 elements"):
         membrane_backward(x[..., :5], code, alpha, None, "released", LEAK, backend)
+    with pytest.raises(ValueError, match=r"codes of shape \(2, 1, 3, 32\) for elements of \(2, 4, 3, 70\)"):
+        membrane_backward(x.expand(2, 4, 3, 70), code, alpha, None, "released", LEAK, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_spike_is_worth_nothing_even_where_a_spike_overflows(backend):
+    x, alpha = torch.full((1, 1, 1, 6), 100.0, dtype=torch.float16, device=DEVICE), torch.tensor([7e4], device=DEVICE)
+    code, *_ = encode(x, alpha, None, "memoryless", LEAK, backend)
+    assert torch.equal(decode(code, worth(alpha, torch.float16), 6, backend), torch.zeros_like(x))
 
 
 # The choice of a backend
@@ -276,5 +296,6 @@ def test_the_source_is_installed_with_the_package():
 def test_backends_that_cannot_run_are_refused():
     with pytest.raises(ValueError, match="'cuda': use one of auto, torch, cpp, triton"):
         resolve_backend("cuda", CPU)
-    with pytest.raises(ValueError, match="'cpp' cannot run here: it runs on CPUs, and the tensors are on meta"):
-        resolve_backend("cpp", torch.device("meta"))
+    with pytest.raises(ValueError, match="'cpp' cannot run here: it runs on CPUs, and the tensors are on cuda"):
+        resolve_backend("cpp", torch.device("cuda"))
+    assert resolve_backend("triton", torch.device("meta")) == "triton", "where nothing is computed all can"

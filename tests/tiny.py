@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from models.config import SpikeLMConfig
 from models.modeling import SpikeLMForPreTraining
-from models.neuron import run_memoryless, run_neuron
+from models.neuron import AMPLITUDE_FLOOR, run_memoryless, run_neuron
 
 CONFIG = {
     "vocab_size": 50,
@@ -62,12 +62,25 @@ def project_by_fire(neurons, site, x, weight, bias, activation=None, recompute=F
     return product if activation is None else activation(product)
 
 
-def fire_plainly(neurons, site, x, *, memoryless=False):
+def fire_plainly(neurons, site, x, *, memoryless=False, observe=None):
     """BlockNeurons.fire of elastic neurons by the pure ones and plain autograd, without statistics."""
     alpha, config = neurons.amplitudes[site], neurons.config
     if memoryless:
-        return run_memoryless(x, alpha)
-    return run_neuron(x, alpha, leak=config.leak, reset=config.reset)[0]
+        return run_memoryless(x, alpha, observe=observe)
+    return run_neuron(x, alpha, leak=config.leak, reset=config.reset, observe=observe)[0]
+
+
+def fire_and_count(neurons, site, x, *, memoryless=False):
+    """fire_plainly with the statistics of BlockNeurons, summed by torch."""
+    membranes = []
+    if neurons.calibrate:
+        neurons._calibrate(site, x, memoryless)
+    output = fire_plainly(neurons, site, x, memoryless=memoryless, observe=lambda t, m: membranes.append(m))
+    spikes, m = output.detach(), torch.stack(membranes)
+    beyond = m.abs() > neurons.amplitudes[site].clamp(min=AMPLITUDE_FLOOR).view(-1, 1, 1, 1)
+    measured = [each.sum(-1) for each in (m.abs(), spikes > 0, spikes < 0, beyond)]
+    neurons._count(torch.stack(measured), x.shape[-1])
+    return output
 
 
 def rows_of(batch, rows):

@@ -100,7 +100,7 @@ def build_variants(
         "spiking, bf16, hidden recomputed": partial(spike, narrow, x_narrow, recompute=True),
         "spiking, plain torch": partial(spike, spiking, x_TBLD, backend="torch"),
         "spiking, plain autograd": plainly,
-        "spiking, nothing counted": without_statistics,
+        "spiking, nothing summed up": without_statistics,
         ORDINARY_T: lambda: ordinary(many.clone()),
         "ordinary, T times the batch, bf16": lambda: narrow_ordinary(many_narrow.clone()),
         ORDINARY: lambda: ordinary(few.clone()),

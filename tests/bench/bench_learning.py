@@ -27,7 +27,7 @@ from pipeline.stopping import StopRequest
 from tests.bench.learning.report import write_report
 from tests.bench.learning.results import append, current_commit, measure, read_results, rows_of
 from tests.bench.learning.timing import measure_times
-from tests.bench.learning.variants import RECIPES, VARIANTS, command_line
+from tests.bench.learning.variants import RECIPES, VARIANTS, command_line, variants_of
 from tests.launcher import ROOT, free_port
 
 SEEDS = (0, 1, 2)
@@ -55,7 +55,8 @@ def _train_missing(options: argparse.Namespace) -> list[str]:
         rows = _build_shards(recipe)
         known = [] if options.again else [each for each in read_results() if each.rows == rows and each.is_current]
         measured = {(each.recipe, each.variant, each.seed) for each in known}
-        wanted = [(recipe, variant, seed) for seed in options.seeds for variant in options.variants]
+        variants = options.variants or variants_of(recipe)
+        wanted = [(recipe, variant, seed) for seed in options.seeds for variant in variants]
         runs += [run for run in wanted if run not in measured]
     with ThreadPoolExecutor(options.jobs) as pool:
         names = pool.map(lambda run: _train(*run, options.output), runs)
@@ -64,16 +65,16 @@ def _train_missing(options: argparse.Namespace) -> list[str]:
 
 def _build_shards(recipe: str) -> str:
     """Build what the recipe's shards lack, once for all runs; returns which rows they hold."""
-    config = load_run_config(["--recipe", RECIPES[recipe]])
+    config = load_run_config(RECIPES[recipe].split())
     build_missing_shards(config.data, StopRequest())
     return rows_of(config)
 
 
 def _train(recipe: str, variant: str, seed: int, output: Path) -> str | None:
     """Train a run to its end and append what it has learned; its name where it failed."""
-    name = f"{recipe}-{variant}-{seed}".replace(" ", "-").replace("=", "")
+    name = f"{recipe}-{variant}-{seed}".translate({ord(" "): "-", ord("="): None, ord(","): None})
     settings = command_line(recipe, variant, "--seed", str(seed), "--name", name, "--output", str(output))
-    command = ["pipeline/pretrain.py", *settings]
+    command = [*VARIANTS[variant].command.split(), *settings]
     # Runs side by side need ports of their own, and on few cores a thread each is the best use of them.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     commit = current_commit()
@@ -93,7 +94,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_learning", description=description)
     add = parser.add_argument
     add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="what is learned (default: all)")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    add("--variants", nargs="+", choices=VARIANTS, help="(default: all that the recipe's table has)")
     add("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="(default: 0 1 2)")
     add("--jobs", type=count, default=2, metavar="N", help="runs at once, a thread each (default: 2)")
     instead = parser.add_mutually_exclusive_group()

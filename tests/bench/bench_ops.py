@@ -72,9 +72,9 @@ def primitives(x: Tensor, backend: str) -> dict[str, Callable[[], object]]:
     code, *_ = encode(x, alpha, None, "normalized", 0.25, backend)
     value = worth(alpha, x.dtype)
     return {
-        "encode": lambda: encode(x, alpha, None, "normalized", 0.25, backend),
+        "encode": lambda: encode(x, alpha, None, "normalized", 0.25, backend, False),
         "decode": lambda: decode(code, value, x.shape[-1], backend),
-        "membrane_backward": lambda: membrane_backward(x, code, alpha, None, "normalized", 0.25, backend),
+        "membrane_backward": lambda: membrane_backward(x, code, alpha, None, "normalized", 0.25, backend, False),
     }
 
 

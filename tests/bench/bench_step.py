@@ -4,7 +4,9 @@
 
 Forward, backward and AdamW of a masked language model; 15 % of the positions count. Tokens are those that are no
 padding. Memory is what a step has at its peak, over the weights and states of all models. MFU is the share of the
-device's peak (--peak-tflops) that the products of those tokens make up, over T timesteps where they are spiking.
+device's peak (--peak-tflops) that the layers' products of those tokens make up, over T timesteps where they are
+spiking. Heads count nowhere, though BERT makes the logits of all positions, on T times the batch, and ours those that
+count.
 
 Legend: B batch, L tokens, D width, V vocabulary, T spike timesteps.
 """

@@ -126,8 +126,9 @@ def test_a_fine_tuning_killed_in_the_middle_ends_as_if_it_had_not_been(finetuned
             os.kill(pid, signal.SIGKILL)
         assert process.wait(timeout=60) != 0
     assert not (killed / "DONE").exists()
-    output = launch("pipeline/finetune.py", *arguments)
-    assert "resuming from" in output and "validation accuracy" in output
+    resumed = run([str(ROOT / "launch/finetune.sh"), *arguments])
+    assert resumed.returncode == 0, resumed.stdout
+    assert "resuming from" in resumed.stdout and "validation accuracy" in resumed.stdout
     assert json.loads((killed / "result.json").read_text()) == json.loads((whole / "result.json").read_text())
     for kind, fields in (("train", ("loss", "gradient_norm")), ("heldout", ("classification_loss", "accuracy"))):
         ours, theirs = ([[line[name] for name in fields] for line in lines_of(run, kind)] for run in (killed, whole))

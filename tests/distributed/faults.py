@@ -5,7 +5,6 @@ A fault is a function that brings it about in a private folder; the decorator sa
 
 import bz2
 import io
-import json
 import os
 import pickle
 import re
@@ -14,141 +13,42 @@ import signal
 import socket
 import subprocess
 import tarfile
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import yaml
 
 from data_prep.files import hash_file, read_json, write_json
 from data_prep.manifest import Counts, Manifest
 from data_prep.shards import ShardIndex
 from pipeline.ending import BAD_INPUT, FINISHED, NOT_FINITE, PROCESS_LOST
-from tests.distributed.runs import STEPS, run_arguments
-from tests.launcher import ROOT, deepspeed_command, free_port, run, started
+from tests.distributed.cases import ENDS_WITHIN, NAME, NEWEST, OLDER, Fault, flip_bit, rewrite
+from tests.launcher import ROOT, free_port, run, started
 from tests.ranks import wait_for
 
-ENDS_WITHIN = 120
-"""Seconds, of which a sound training of STEPS steps takes a sixth; several commands share the machine."""
-
-NAME = "tiny"
-OLDER, NEWEST = (f"step{step:08d}" for step in (STEPS - 2, STEPS))
 SHARD = "train-000000-0001.tar"
 DISK_BYTES = 16 << 20
 REMEDY = "copy the file again, or build the shards anew"
 
-
-@dataclass(frozen=True)
-class Fault:
-    """One row of the table."""
-
-    name: str
-    prepare: Callable[["Case"], list[str] | None]
-    """Brings the fault about; returns what is to be added to the command."""
-    told: tuple[str, ...]
-    """Patterns that the message matches: the thing, its value, the remedy."""
-    begins: str
-    """How the message's first line begins, as one line of the output does and no other."""
-    exit_code: int
-    writes: str
-    """Pattern of the files, seen from the private folder, that may rightly be new or changed afterwards."""
-
-
-class Case:
-    """The private folder of a fault, with sound shards in it.
-
-    Attributes:
-        trained: a finished run of these shards, with the checkpoints OLDER and NEWEST
-        output: folder of runs
-        meanwhile: called when the command has been started
-        afterwards: called when the command has ended and all is hashed
-        until_end: what is undone after that
-    """
-
-    def __init__(self, folder: Path, trained: Path) -> None:
-        self.folder = folder
-        self.trained = trained
-        self.shards = folder / "shards"
-        self.train = self.shards / "train"
-        self.output = folder / "runs"
-        self.run = self.output / NAME
-        self.checkpoints = self.run / "checkpoints"
-        self.port = free_port()
-        self.environment: dict[str, str] = {}
-        self.meanwhile: Callable[[], None] = lambda: None
-        self.afterwards: Callable[[], None] = lambda: None
-        self.until_end = ExitStack()
-
-    def command(self, *more: str, processes: int = 2) -> list[str]:
-        """Train STEPS steps on the shards, with whatever `more` says."""
-        arguments = run_arguments(self.shards, self.output, NAME, 2, "fp32", *more)
-        command = deepspeed_command("pipeline/pretrain.py", *arguments, processes=processes)
-        command[command.index("--master_port") + 1] = str(self.port)
-        return command
-
-    def unfinished_run(self, *checkpoints: str) -> None:
-        """A run that was killed, with these checkpoints."""
-        shutil.copytree(self.trained, self.run)
-        (self.run / "DONE").unlink()
-        for gone in {OLDER, NEWEST} - set(checkpoints):
-            shutil.rmtree(self.checkpoints / gone)
-
-    def recipe(self, **changes: object) -> list[str]:
-        """The arguments for the recipe with sections or fields put into them."""
-        content = yaml.safe_load((ROOT / "tests/distributed/tiny.yaml").read_text())
-        for name, value in changes.items():
-            content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
-        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-        return ["--recipe", str(self.folder / "recipe.yaml")]
-
-    def ds_config(self, **keys: object) -> list[str]:
-        """The arguments for ds_configs/zero2.json with more keys in it."""
-        content = json.loads((ROOT / "ds_configs/zero2.json").read_text())
-        (self.folder / "ds.json").write_text(json.dumps({**content, **keys}))
-        return ["--engine.ds_config", str(self.folder / "ds.json")]
-
-    def raw_text(self, name: str, content: bytes) -> list[str]:
-        """The arguments for a run that finds no shards, but recipes to make tokenizer and shards of this text."""
-        shutil.rmtree(self.shards)
-        (self.folder / name).write_bytes(content)
-        text, tokenizer = [str(self.folder / name)], str(self.folder / "tokenizer")
-        recipes = {
-            "tokenizer_recipe": {"input": text, "kind": "wordpiece", "vocab_size": 256, "output": tokenizer},
-            "shards_recipe": {"input": text, "tokenizer": tokenizer, "output": str(self.shards)},
-        }
-        for kind, recipe in recipes.items():
-            (self.folder / kind).write_text(yaml.safe_dump(recipe))
-        return [word for kind in recipes for word in (f"--data.{kind}", str(self.folder / kind))]
-
-
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(*told: str, begins: str = "error: ", exit_code: int = BAD_INPUT, writes: str = "nothing"):
+def fault(
+    *told: str,
+    begins: str = "error: ",
+    exit_code: int = BAD_INPUT,
+    launcher: str = "mpirun",
+    writes: str = "nothing",
+):
     """Makes a row of the function that it decorates, and of its name."""
 
     def register(prepare):
         name = prepare.__name__.replace("_", " ")
-        FAULTS[name] = Fault(name, prepare, told, begins, exit_code, writes)
+        FAULTS[name] = Fault(name, prepare, told, begins, exit_code, launcher, writes)
         return prepare
 
     return register
-
-
-def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Replace a file, which may be linked elsewhere, by what `change` makes of its bytes."""
-    content = change(path.read_bytes())
-    path.unlink()
-    path.write_bytes(content)
-
-
-def flip_bit(path: Path) -> None:
-    """Flip a bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 8
-    rewrite(path, lambda _: bytes(content))
 
 
 # Shards
@@ -254,7 +154,12 @@ def recipe_missing(case):
     return ["--recipe", str(case.folder / "nowhere.yaml")]
 
 
-@fault(r"optimizer\.learning_rat\b", r"unknown field, with value 0\.01", r"did you mean optimizer\.learning_rate\?")
+@fault(
+    r"optimizer\.learning_rat\b",
+    r"unknown field, with value 0\.01",
+    r"did you mean optimizer\.learning_rate\?",
+    launcher="deepspeed",
+)
 def recipe_with_an_unknown_key(case):
     return case.recipe(optimizer={"learning_rat": 0.01})
 
@@ -326,7 +231,7 @@ def resume_never_in_a_folder_in_use(case):
 
 @fault("step00000002", "1 processes in the checkpoint, 2 now", "launch as many as then")
 def checkpoint_of_another_world_size(case):
-    alone = run(case.command("--training.stop_after_step", "2", processes=1), timeout=ENDS_WITHIN)
+    alone = run(case.command("--training.stop_after_step", "2", processes=1), timeout=ENDS_WITHIN, **case.environment)
     assert alone.returncode == FINISHED, alone.stdout
 
 
@@ -336,7 +241,13 @@ def damaged_checkpoint(case):
     flip_bit(case.checkpoints / OLDER / "mp_rank_00_model_states.pt")
 
 
-@fault(f"{NEWEST} is passed over: .*_rank_1_.* damaged", begins="checkpoint ", exit_code=FINISHED, writes=r"runs/.*")
+@fault(
+    f"{NEWEST} is passed over: .*_rank_1_.* damaged",
+    begins="checkpoint ",
+    exit_code=FINISHED,
+    writes=r"runs/.*",
+    launcher="deepspeed",
+)
 def damaged_checkpoint_beside_an_older_one(case):
     case.unfinished_run(OLDER, NEWEST)
     flip_bit(case.checkpoints / NEWEST / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
@@ -385,6 +296,7 @@ def run_folder_that_cannot_be_written(case):
 @fault(
     *(f"runs/{NAME}/checkpoints/step00000004 cannot be written", "0 MB are free"),
     r"Make room, or set checkpoint\.keep lower; the same command then goes on from the checkpoint before",
+    launcher="deepspeed",
 )
 def disk_full_in_a_save(case):
     """Room for one checkpoint and a half. What lies there when it is full, and at the end, is kept in two folders."""
@@ -396,7 +308,7 @@ def disk_full_in_a_save(case):
     def make_room():
         shutil.copytree(case.output / NAME, case.folder / "when_full")
         (disk / "ballast").unlink()
-        again = run(case.command(), timeout=ENDS_WITHIN)
+        again = run(case.command(), timeout=ENDS_WITHIN, **case.environment)
         assert again.returncode == FINISHED, again.stdout
         shutil.copytree(case.output / NAME, case.folder / "with_room")
 
@@ -418,10 +330,15 @@ def small_disk(place: Path):
             process.kill()
 
 
-@fault(f"runs/{NAME} is in use", r"by process \d+ on \S+", "wait for its end, or give this run another name")
+@fault(
+    f"runs/{NAME} is in use",
+    r"by process \d+ on \S+",
+    "wait for its end, or give this run another name",
+    launcher="deepspeed",
+)
 def two_runs_in_one_folder(case):
     arguments = ["--training.total_steps", "1000000", "--checkpoint.every", "1000000"]
-    process = case.until_end.enter_context(started(case.command(*arguments)))
+    process = case.until_end.enter_context(started(case.command(*arguments), **case.environment))
     wait_for((case.run / "metrics.jsonl").exists, ENDS_WITHIN)
     os.killpg(process.pid, signal.SIGSTOP)  # it keeps its lock, and changes nothing that is hashed
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -430,12 +347,23 @@ def two_runs_in_one_folder(case):
     return arguments
 
 
-@fault(r"port \d+ of 127\.0\.0\.1", "cannot listen", "another --master_port, or launch by launch/pretrain.sh")
+@fault(
+    r"port \d+ of 127\.0\.0\.1",
+    "cannot listen",
+    "another --master_port, or launch by launch/pretrain.sh",
+    launcher="deepspeed",
+)
 def port_in_use(case):
     case.until_end.enter_context(socket.create_server(("127.0.0.1", case.port)))
 
 
-@fault("of 2 ranks 1 did not come", r"within 0\.1 minutes", "machines up and launched alike", exit_code=PROCESS_LOST)
+@fault(
+    "of 2 ranks 1 did not come",
+    r"within 0\.1 minutes",
+    "machines up and launched alike",
+    exit_code=PROCESS_LOST,
+    launcher="deepspeed",
+)
 def rank_that_never_comes(case):
     words = {"--local_rank=1", str(case.shards)}
 
@@ -454,6 +382,7 @@ def rank_that_never_comes(case):
     *("the loss of step 2 is not finite", r"\(masked_lm nan", r"lower optimizer\.learning_rate"),
     exit_code=NOT_FINITE,
     writes=r"runs(/.*)?",
+    launcher="deepspeed",
 )
 def loss_that_is_not_a_number(case):
     rate = ["--optimizer.learning_rate", "1e30", "--optimizer.clip_norm", "0", "--schedule.warmup_steps", "0"]

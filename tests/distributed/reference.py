@@ -118,7 +118,7 @@ def model_config(kind):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.2,
-        neuron=NeuronConfig(kind=kind),
+        neuron=NeuronConfig(kind=kind, frequency=1.4),
     )
 
 

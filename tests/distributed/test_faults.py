@@ -15,7 +15,8 @@ import pytest
 from data_prep.files import hash_file, read_json
 from pipeline.checkpoint import resolve_checkpoint
 from pipeline.metrics import read_metrics
-from tests.distributed.faults import ENDS_WITHIN, FAULTS, NAME, Case, Fault
+from tests.distributed.cases import ENDS_WITHIN, NAME, Case, Fault
+from tests.distributed.faults import FAULTS
 from tests.distributed.runs import assert_same_end
 from tests.launcher import started
 
@@ -37,14 +38,14 @@ class Outcome:
     def messages(self, begins: str) -> list[str]:
         """The lines of the output that begin so, each with what follows it up to the launcher's next line."""
         parts = re.split(rf"^(?={re.escape(begins)})", self.output, flags=re.MULTILINE)[1:]
-        return [re.split(r"^\[\d{4}-", part, maxsplit=1, flags=re.MULTILINE)[0].strip() for part in parts]
+        return [re.split(r"^(?:\[\d{4}-|-{20})", part, maxsplit=1, flags=re.MULTILINE)[0].strip() for part in parts]
 
 
 def meet(fault: Fault, shards: Path, trained: Path, folder: Path) -> Outcome:
     """Bring the fault about in `folder` and run the command."""
     # Linked, not copied: whoever changes a file of them replaces it.
     shutil.copytree(shards, folder / "shards", copy_function=os.link)
-    case = Case(folder, trained)
+    case = Case(fault.launcher, folder, trained)
     with case.until_end:
         command = case.command(*(fault.prepare(case) or []))
         before = hashes(folder)

@@ -1,7 +1,7 @@
 """Tables and plots of what the runs in learning.jsonl have learned.
 
-R, the recovered share, is (L_none - L) / (L_none - L_twin), with held-out losses L of the same seed: what a variant's
-layers are worth as a share of what ordinary layers are worth.
+R, the recovered share, is (L_none - L) / (L_none - L_twin), with held-out losses L: what a variant's layers are worth
+as a share of what ordinary layers are worth. Both ends of the scale are means over seeds: R's spread is the variant's.
 """
 
 import statistics
@@ -14,30 +14,35 @@ import matplotlib.lines
 
 from tests.bench.learning.results import ROOT, Result
 from tests.bench.learning.timing import read_times
-from tests.bench.learning.variants import EVERYTHING, NOTHING, VARIANTS
+from tests.bench.learning.variants import EVERYTHING, NOTHING, VARIANTS, variants_of
 
 FOLDER = ROOT / "tests" / "bench" / "learning"
 TABLES = FOLDER / "tables.md"
+MOST_UNDRAWN = 6
 
 Runs = dict[str, dict[int, Result]]
 """One recipe's results by variant and seed."""
 
 
 def write_report(results: Sequence[Result]) -> str:
-    """Write tables.md and a plot for each recipe into this folder; returns the tables."""
+    """Write tables.md and, where many neurons were tried, a plot of a recipe into this folder; returns the tables."""
     by_recipe = group(results)
     for recipe, runs in by_recipe.items():
-        draw(runs, FOLDER / f"{recipe}.png")
+        if len(variants_of(recipe)) > MOST_UNDRAWN:
+            draw(runs, FOLDER / f"{recipe}.png")
     TABLES.write_text(text := tables(by_recipe, read_times()), encoding="utf-8")
     return text
 
 
 def group(results: Iterable[Result]) -> dict[str, Runs]:
-    """By recipe and variant, those that still are what they were; of a run that was repeated the last."""
+    """By recipe and variant those that still are what they were, on the last one's rows; of repeated runs the last."""
+    current = [result for result in results if result.is_current]
+    rows = {result.recipe: result.rows for result in current}
     by_recipe: dict[str, Runs] = {}
-    for result in filter(lambda each: each.is_current, results):
-        runs = by_recipe.setdefault(result.recipe, {name: {} for name in VARIANTS})
-        runs[result.variant][result.seed] = result
+    for result in current:
+        if result.rows == rows[result.recipe]:
+            runs = by_recipe.setdefault(result.recipe, {name: {} for name in VARIANTS})
+            runs[result.variant][result.seed] = result
     return {recipe: {name: seeds for name, seeds in runs.items() if seeds} for recipe, runs in by_recipe.items()}
 
 
@@ -47,14 +52,11 @@ def tables(by_recipe: Mapping[str, Runs], times: Mapping[str, Mapping[str, Any]]
 
 
 def recovered(runs: Runs, variant: str) -> list[float]:
-    """R of each seed for which both ends of the scale were measured on the same rows."""
-    shares = []
-    for seed, result in runs[variant].items():
-        ends = [runs.get(name, {}).get(seed) for name in (NOTHING, EVERYTHING)]
-        if all(end is not None and end.rows == result.rows for end in ends):
-            nothing, everything = (end.loss for end in ends)
-            shares.append((nothing - result.loss) / (nothing - everything))
-    return shares
+    """R of each seed; none where one of the ends of the scale is missing."""
+    if not {NOTHING, EVERYTHING} <= runs.keys():
+        return []
+    nothing, everything = (statistics.mean(each.loss for each in runs[end].values()) for end in (NOTHING, EVERYTHING))
+    return [(nothing - each.loss) / (nothing - everything) for each in runs[variant].values()]
 
 
 COLUMNS = ("", "seeds", "held-out loss, nat", "R, %", "firing rate", "spikes/token", "tokens, M", "TFLOP", "CPU time")
@@ -70,14 +72,14 @@ def describe(runs: Runs, times: Mapping[str, Any]) -> str:
         rows.append(
             [
                 name,
-                str(len(shares)),
+                str(len(results)),
                 _spread([result.loss for result in results], 3),
                 _spread([100 * share for share in shares], 1),
                 _spread([result.firing_rate for result in spiking], 3),
                 _spread([result.spikes_per_token for result in spiking], 0),
                 f"{results[0].tokens / 1e6:.2f}",
                 f"{results[0].operations / 1e12:.1f}",
-                f"{relative[results[0].overrides]:.2f}" if results[0].overrides in relative else "-",
+                f"{relative[name]:.2f}" if name in relative else "-",
             ]
         )
     lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *rows]
@@ -88,7 +90,7 @@ def describe(runs: Runs, times: Mapping[str, Any]) -> str:
 def _spread(values: Sequence[float], digits: int) -> str:
     if not values:
         return "-"
-    mean = f"{statistics.mean(values):,.{digits}f}"
+    mean = f"{round(statistics.mean(values), digits) + 0.0:,.{digits}f}"  # not -0.0
     return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
 
 

@@ -20,6 +20,7 @@ from tests.launcher import ROOT
 
 FOLDER = ROOT / "tests" / "bench" / "learning"
 RESULTS = FOLDER.with_suffix(".jsonl")
+RESULT_FILES = tuple(f":!tests/bench/{name}" for name in ("*.jsonl", "*.csv", "*.png", "*.json", "*.md"))
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,10 @@ def read_results() -> list[Result]:
 
 
 def current_commit() -> str:
-    """The commit that is checked out, marked where any file that is not a benchmark's differs from it."""
+    """The commit that is checked out, marked where a file differs from it that is no result of a benchmark."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    differs = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!tests/bench")
+    differs = git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULT_FILES)
     return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if differs else "")

@@ -4,8 +4,19 @@ from dataclasses import dataclass
 
 from pipeline.config import RunConfig, load_run_config
 
-RECIPES = {"causal": "tests/bench/learning/causal.yaml", "masked": "tests/bench/learning/masked.yaml"}
-"""What is learned: every next token, by a decoder; masked tokens, by an encoder."""
+_WIDE = "--model.overrides.hidden_size 256 --model.overrides.intermediate_size 768"
+_LONG = "--training.total_steps 500 --checkpoint.every 500"
+_CAUSAL, _MASKED = "--recipe tests/bench/learning/causal.yaml", "--recipe tests/bench/learning/masked.yaml"
+
+RECIPES = {
+    "causal": _CAUSAL,
+    "masked": _MASKED,
+    "causal, D=256": f"{_CAUSAL} {_WIDE}",
+    "causal, 500 steps": f"{_CAUSAL} {_LONG}",
+    "causal, D=256, 500 steps": f"{_CAUSAL} {_WIDE} {_LONG}",
+}
+"""What is learned: every next token, by a decoder; masked tokens, by an encoder; and, to see whether the order of the
+neurons stays, every next token at twice the width and with twice the budget."""
 
 NOTHING, EVERYTHING = "no layers", "twin"
 """What the recovered share is measured between: embeddings and head alone, and ordinary layers."""
@@ -13,10 +24,11 @@ NOTHING, EVERYTHING = "no layers", "twin"
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: overrides of a recipe, all that it depends on, and how many times its steps are trained."""
+    """A row of the table: overrides of a recipe, how many times its steps are trained, and by which command."""
 
     overrides: str
     length: int = 1
+    command: str = "pipeline/pretrain.py"
 
 
 _ELASTIC = (
@@ -33,11 +45,12 @@ _PENALTY = "--training.firing_penalty 0.24"
 
 
 def _by_site(T: int, more: str = "") -> Variant:
-    """Values fire more often and the MLP's inner activations less than the other sites."""
-    sites = "--model.neuron.site_frequencies.value 1.0 --model.neuron.site_frequencies.mlp_down 1.8"
-    base = _ELASTIC.format(k=1.4, amplitude="tracked", reset="normalized", T=T)
-    return Variant(" ".join(filter(None, [base, sites, more])))
+    """Values fire more often than the other sites."""
+    base = _ELASTIC.format(k=1.5, amplitude="tracked", reset="normalized", T=T)
+    return Variant(" ".join(filter(None, [base, "--model.neuron.site_frequencies.value 0.8", more])))
 
+
+_PLAINLY = "-m tests.bench.learning.pretrain_plainly"
 
 # Padding counts nowhere, so that all firing rates are of the same tokens.
 VARIANTS = {
@@ -48,26 +61,33 @@ VARIANTS = {
     "released T=4": _elastic(2, "frozen", "released", 4),
     "tracked T=1": _elastic(2, "tracked", "released", 1),
     "tracked T=4": _elastic(2, "tracked", "released", 4),
-    "k=1.2 T=1": _elastic(1.2, "tracked", "normalized", 1),
-    "k=1.2 T=4": _elastic(1.2, "tracked", "normalized", 4),
     "k=1.4 T=1": _elastic(1.4, "tracked", "normalized", 1),
     "k=1.4 T=2": _elastic(1.4, "tracked", "normalized", 2),
     "k=1.4 T=4": _elastic(1.4, "tracked", "normalized", 4),
     "k=1.4 T=4, released reset": _elastic(1.4, "tracked", "released", 4),
-    "k=1.4 T=8": _elastic(1.4, "tracked", "normalized", 8),
+    "k=1.4 T=1, 4 x tokens": _elastic(1.4, "tracked", "normalized", 1, length=4),
     "k by site T=1": _by_site(1),
     "k by site T=4": _by_site(4),
+    "k by site T=8": _by_site(8),
     "k by site T=1, penalty": _by_site(1, _PENALTY),
     "k by site T=4, penalty": _by_site(4, _PENALTY),
-    "k=1.5 T=1": _elastic(1.5, "tracked", "normalized", 1),
-    "k=1.5 T=4": _elastic(1.5, "tracked", "normalized", 4),
-    "k=1.4 T=1, 4 x tokens": _elastic(1.4, "tracked", "normalized", 1, length=4),
+    "k by site T=1, plain autograd": Variant(_by_site(1).overrides, command=_PLAINLY),
 }
+
+_LONGEST = ("k=1.4 T=1, 4 x tokens", "k by site T=8", "k by site T=1, plain autograd")
+_CONTENDERS = (NOTHING, EVERYTHING, "released T=1", "k=1.4 T=1", "k by site T=1", "k by site T=1, penalty")
+
+
+def variants_of(recipe: str) -> tuple[str, ...]:
+    """The variants that a recipe is trained with where nothing else is asked for: the decoder of its own size all."""
+    if recipe == "causal":
+        return tuple(VARIANTS)
+    return tuple(name for name in VARIANTS if name not in _LONGEST) if recipe == "masked" else _CONTENDERS
 
 
 def command_line(recipe: str, variant: str, *more: str) -> list[str]:
     """What pipeline/pretrain.py is called with for a row of a recipe's table."""
-    words = ["--recipe", RECIPES[recipe], *VARIANTS[variant].overrides.split(), *more]
+    words = [*RECIPES[recipe].split(), *VARIANTS[variant].overrides.split(), *more]
     if (length := VARIANTS[variant].length) > 1:
         base = load_run_config(words)
         words += ["--training.total_steps", str(length * base.training.total_steps)]
