@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.ending import end_by, end_early, leave_code
+from pipeline.ending import end_by, end_early
+from pipeline.launched import leave_code
 from pipeline.stopping import StopRequest, outlive_readers
 from pipeline.world import current_world, leave_world
 

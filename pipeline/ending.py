@@ -8,12 +8,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from pipeline.stopping import JOB_FOLDER, StopRequest
+from pipeline.launched import leave_code, speaks_without_rank_0, tell_once, told_by_launcher
+from pipeline.stopping import StopRequest
 
 Result = TypeVar("Result")
 
@@ -33,8 +33,6 @@ STOPPED = 75
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 3.0
 """Within which a rank that is alive has answered the roll call, or told that it fails."""
-START_SECONDS = 30.0
-"""How long the others leave it to rank 0, which may still be starting, to say what all of them have found alike."""
 PATIENCE_SECONDS = 10.0
 """How long a rank that fails waits for the others to hear of it, and a thread for its main thread to find out."""
 
@@ -120,7 +118,7 @@ class RollCall:
         words = f"{self.rank} {code}"
         first = self._line.ask(lambda store: store.compare_set("failed", "", words).decode())
         if first is None:
-            return _speaks_without_rank_0(self.rank, self.local_rank)
+            return speaks_without_rank_0(self.rank, self.local_rank)
         self._line.ask(lambda store: store.set(f"heard{self.rank}", "yes"))
         self._gone.add(int(first.split()[0]))
         return first == words
@@ -153,7 +151,7 @@ class RollCall:
         if self._closed.wait(PATIENCE_SECONDS) or self._ending:
             return
         # The main thread hangs: it has come to no error of its own.
-        if self.failed is None and _speaks_without_rank_0(self.rank, self.local_rank):
+        if self.failed is None and speaks_without_rank_0(self.rank, self.local_rank):
             _tell(LostProcess("rank 0 is not answering any more. The same command goes on from the newest checkpoint"))
         leave(self.failed or PROCESS_LOST)
 
@@ -178,17 +176,19 @@ class RollCall:
 def end_by(error: BaseException, roll_call: RollCall | None, is_alike: bool = False) -> NoReturn:
     """End this process because of `error`: the first of all ranks says why, once, and none outlasts the others.
 
-    Where there is no roll call yet, everyone speaks; rank 0 alone where all have the same to say (`is_alike`).
+    Where there is no roll call yet, every rank tells what it has found, and what all have found alike (`is_alike`) is
+    told once.
     """
     if roll_call is None:
-        rank, local_rank = _told_by_launcher("RANK"), _told_by_launcher("LOCAL_RANK")
-        if rank == 0 or (
-            not is_alike and (not isinstance(error, LostProcess) or _speaks_without_rank_0(rank, local_rank))
+        if is_alike:
+            tell_once(lambda: _tell(error))
+        elif not isinstance(error, LostProcess) or speaks_without_rank_0(
+            told_by_launcher("RANK"), told_by_launcher("LOCAL_RANK")
         ):
             _tell(error)
         else:  # launchers kill all processes when one ends, and rank 0 may be about to speak
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(START_SECONDS if is_alike else ANSWER_SECONDS)
+            time.sleep(ANSWER_SECONDS)
         leave(_code_of(error))
     reason = None
     if is_lost(error):
@@ -204,18 +204,9 @@ def end_by(error: BaseException, roll_call: RollCall | None, is_alike: bool = Fa
     leave(code)
 
 
-def _told_by_launcher(name: str) -> int:
-    return int(os.environ.get(name) or os.environ.get(f"OMPI_COMM_WORLD_{name}") or 0)
-
-
-def _speaks_without_rank_0(rank: int, local_rank: int) -> bool:
-    """Where the store is gone nobody knows who speaks first: one of each machine does, and on rank 0's rank 1."""
-    return rank == 1 or local_rank == 0
-
-
 def end_early(stop: StopRequest) -> NoReturn:
     """End this process on request, before there is anything to save."""
-    speaks = _told_by_launcher("RANK") in (0, 1)  # rank 0 may be the one that has died
+    speaks = told_by_launcher("RANK") in (0, 1)  # rank 0 may be the one that has died
     if stop.is_bereaved:
         if speaks:
             # No error of its own: the one that died has told it, if it could.
@@ -240,15 +231,6 @@ def leave(code: int) -> NoReturn:
             sys.stderr.flush()
     finally:
         os._exit(code)
-
-
-def leave_code(code: int) -> None:
-    """Write the exit code to where launch/pretrain.sh looks for it: launchers do not always pass it on."""
-    job = os.environ.get(JOB_FOLDER)
-    if job:
-        # The first code stays. The script may be gone, with its folder, or the disk full.
-        with suppress(OSError), open(Path(job) / "exit_code", "x", encoding="utf-8") as file:
-            file.write(f"{code}\n")
 
 
 def _tell(error: BaseException, reason: str | None = None) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline import ending
+from pipeline import ending, launched, stopping
 from pipeline.ending import (
     AlreadyTold,
     LostProcess,
@@ -22,8 +22,8 @@ from pipeline.ending import (
     Stopped,
     end_by,
     leave,
-    leave_code,
 )
+from pipeline.launched import leave_code
 from tests.ranks import CONTEXT, LONG, SHORT, ended, run, said, started, torchrun_store, wait_for
 
 
@@ -218,8 +218,8 @@ def test_rank_0_may_not_keep_all_waiting_unless_it_is_known_to_take_long(tmp_pat
     assert output.startswith("error: rank 0 is busy for more than ") and output.count("\n") == 1
 
 
-def end_alone(output, variables, is_alike=True):
-    ending.ANSWER_SECONDS = ending.START_SECONDS = 0.1
+def end_alone(output, variables, is_alike=True, patience=0.1):
+    ending.ANSWER_SECONDS, launched.START_SECONDS = 0.1, patience
     os.environ.update(variables)
     with open(unread_pipe() if output is None else output, "w") as file:
         os.dup2(file.fileno(), 2)
@@ -231,26 +231,34 @@ def end_alone(output, variables, is_alike=True):
     [
         ({}, "error: bad recipe\n"),
         ({"RANK": "0"}, "error: bad recipe\n"),
-        ({"RANK": "1"}, ""),
-        ({"OMPI_COMM_WORLD_RANK": "1"}, ""),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "error: bad recipe\n"),
+        ({"OMPI_COMM_WORLD_RANK": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "error: bad recipe\n"),
+        ({"RANK": "9", "LOCAL_RANK": "1"}, ""),
     ],
 )
-def test_before_the_ranks_have_met_rank_0_speaks(tmp_path, variables, output):
+def test_before_the_ranks_have_met_one_of_a_machine_speaks_where_rank_0_has_not_ended(tmp_path, variables, output):
     assert exit_code(end_alone, tmp_path / "output.txt", variables) == ending.BAD_INPUT
     assert (tmp_path / "output.txt").read_text() == output
 
 
+def test_what_rank_0_has_told_before_it_ended_is_not_told_again(tmp_path):
+    """Nor waited for: this would wait for longer than the test."""
+    (tmp_path / "exit_code").write_text("2\n")
+    variables = {"RANK": "1", "LOCAL_RANK": "1", stopping.JOB_FOLDER: str(tmp_path)}
+    assert exit_code(end_alone, tmp_path / "output.txt", variables, True, 600.0) == ending.BAD_INPUT
+    assert (tmp_path / "output.txt").read_text() == ""
+
+
 def wait_alone(output):
-    """End as rank 1, which writes down how long it waits instead of waiting."""
-    os.environ["RANK"], ending.START_SECONDS = "1", 600.0
-    ending.time.sleep = lambda seconds: output.write_text(f"{seconds}")
-    end_by(ValueError("bad recipe"), None, is_alike=True)
+    """End as rank 1, which leaves by another way as soon as it would sleep."""
+    launched.time.sleep = lambda seconds: os._exit(9)
+    end_alone(output, {"RANK": "1"}, patience=600.0)
 
 
 def test_before_rank_0_has_started_the_others_do_not_end(tmp_path):
     """Or launchers would kill it before it has said what is wrong."""
-    assert exit_code(wait_alone, tmp_path / "output.txt") == ending.BAD_INPUT
-    assert (tmp_path / "output.txt").read_text() == "600.0"
+    assert exit_code(wait_alone, tmp_path / "output.txt") == 9
+    assert (tmp_path / "output.txt").read_text() == ""
 
 
 def test_before_the_ranks_have_met_each_tells_what_it_alone_has_found(tmp_path):
@@ -303,7 +311,7 @@ class TestExitCode:
 
     @pytest.fixture
     def job(self, tmp_path, monkeypatch):
-        monkeypatch.setenv(ending.JOB_FOLDER, str(tmp_path))
+        monkeypatch.setenv(stopping.JOB_FOLDER, str(tmp_path))
         return tmp_path
 
     def test_the_first_code_stays(self, job):
@@ -312,12 +320,12 @@ class TestExitCode:
         assert (job / "exit_code").read_text() == "3\n"
 
     def test_without_a_script_there_is_no_file(self, job, monkeypatch):
-        monkeypatch.delenv(ending.JOB_FOLDER)
+        monkeypatch.delenv(stopping.JOB_FOLDER)
         leave_code(3)
         assert not list(job.iterdir())
 
     def test_the_script_may_have_gone_with_its_folder(self, job, monkeypatch):
-        monkeypatch.setenv(ending.JOB_FOLDER, str(job / "none"))
+        monkeypatch.setenv(stopping.JOB_FOLDER, str(job / "none"))
         leave_code(3)
         assert not list(job.iterdir())
 
@@ -342,7 +350,7 @@ def exit_code(target, *arguments):
 
 
 def print_and_leave(job, output):
-    os.environ[ending.JOB_FOLDER] = str(job)
+    os.environ[stopping.JOB_FOLDER] = str(job)
     with open(unread_pipe() if output is None else output, "w") as sys.stdout:
         print("last words", end="")
         leave(75)
