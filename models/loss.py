@@ -36,24 +36,25 @@ class _LinearCrossEntropy(Function):
         dtype = product_dtype(hidden_ND)
         weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         wanted = ctx.needs_input_grad[:3]
-        # In fp32: sums over chunks as wide as one product's over all positions, and scaled once in the backward.
-        grad_hidden = torch.empty_like(hidden_ND, dtype=torch.float32) if any(wanted) else None
-        grad_weight, grad_bias = (
-            torch.zeros_like(each, dtype=torch.float32) if is_wanted else None
-            for each, is_wanted in zip((weight_VD, bias_V), wanted[1:], strict=True)
+        # In fp32 at least: sums over chunks as wide as one product's over all positions, scaled once in the backward.
+        wide = torch.promote_types(dtype, torch.float32)
+        grad_hidden, grad_weight, grad_bias = (
+            torch.zeros_like(each, dtype=wide) if is_wanted else None
+            for each, is_wanted in zip((hidden_ND, weight_VD, bias_V), wanted, strict=True)
         )
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         for begin in range(0, len(labels_N), at_once):
             chunk = slice(begin, begin + at_once)
             hidden, labels = hidden_ND[chunk].to(dtype), labels_N[chunk, None]
-            logits_nV = F.linear(hidden, weight, bias).float()
+            logits_nV = F.linear(hidden, weight, bias).to(wide)
             total += logits_nV.logsumexp(-1).sum() - logits_nV.gather(1, labels).sum()
-            if grad_hidden is None:
+            if not any(wanted):
                 continue
             grad = logits_nV.softmax(-1)
             del logits_nV
             grad = grad.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=grad.dtype)).to(dtype)
-            grad_hidden[chunk] = grad @ weight
+            if grad_hidden is not None:
+                grad_hidden[chunk] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.t() @ hidden
             if grad_bias is not None:

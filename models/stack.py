@@ -201,7 +201,10 @@ class SpikeStack(nn.Module):
         `position_ids_BL` are for decoders: what they rotate by, and how they tell the documents of a row apart.
         `cache` holds the tokens before these, and takes these up; attention_mask_BL then has columns for all of them.
         """
-        amplitudes = torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes()
+        # A copy: what is computed again in the backward must not meet amplitudes that have been updated meanwhile.
+        amplitudes = (
+            torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes().clone()
+        )
         visible_BL = None if attention_mask_BL is None else attention_mask_BL.to(torch.bool)
         layout = self._layout(x_BLD, visible_BL, position_ids_BL, cache)
         pack, pad = (layout.places.pack, layout.places.pad) if layout.places else (_as_it_is, _as_it_is)

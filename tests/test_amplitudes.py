@@ -277,6 +277,22 @@ def test_a_tracked_amplitude_is_independent_of_accumulation():
     assert not torch.allclose(whole.model.stack.amplitudes, calibrated_model().model.stack.amplitudes, rtol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["none", "layer", "timestep"])
+def test_amplitudes_may_be_updated_before_the_backward(mode):
+    """What the backward computes again fires as the forward did."""
+    found = []
+    for is_early in (True, False):
+        model = calibrated_model({"momentum": 0.0}).train()
+        spiking_stack(model).set_checkpointing(mode, recompute_hidden=True)
+        output = model(**make_batch(seed=7))
+        if is_early:
+            update_amplitudes(model, SpikeStats(output.spike_stats))
+        output.loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for early, late in zip(*found, strict=True):
+        assert torch.equal(early, late)
+
+
 def test_statistics_and_amplitudes_are_untouched_by_checkpointing():
     """The recompute in the backward measures again; what it measures must be thrown away."""
     results = []

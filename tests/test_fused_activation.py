@@ -243,20 +243,33 @@ def test_what_cannot_be_fused_is_computed_apart():
         assert fused_products(layer(x.requires_grad_(), amplitudes)[0]) == []
 
 
-def test_autocast_and_narrow_weights(monkeypatch):
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_autocast_and_narrow_weights(monkeypatch, weights):
     layer, amplitudes, x = small_layer_of()
-    layer.spike_backend = "triton"
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        output, _ = layer(x.requires_grad_(), amplitudes)
-    (down,) = fused_products(output)
-    assert down.saved_tensors[-1].dtype == torch.bfloat16
-    mine = gradients([output], [x, *layer.parameters()])
-    monkeypatch.setattr(BlockNeurons, "fuse_activations", lambda *_: False)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        output, _ = layer(x, amplitudes)
-    for ours, theirs in zip(mine, gradients([output], [x, *layer.parameters()]), strict=True):
-        assert ours.dtype == theirs.dtype
+    layer.to(weights).spike_backend = "triton"
+    x, found = x.to(weights).requires_grad_(), []
+    for fuses in (True, False):
+        monkeypatch.setattr(BlockNeurons, "fuse_activations", lambda *_, fuses=fuses: fuses)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=weights == torch.float32):
+            output, _ = layer(x, amplitudes)
+        assert [down.saved_tensors[-1].dtype for down in fused_products(output)] == [torch.bfloat16] * fuses
+        found.append(gradients([output], [x, *layer.parameters()]))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype == weights
         assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.98
+
+
+def test_the_gradient_of_a_rate_goes_through_a_fused_activation():
+    found = {}
+    for backend in ("torch", "triton"):
+        layer, amplitudes, x = small_layer_of()
+        layer.spike_backend, layer.trains_rate = backend, True
+        output, sums = layer(x.requires_grad_(), amplitudes)
+        assert len(fused_products(output)) == (backend == "triton")
+        found[backend] = torch.autograd.grad(sums[..., 2:4].sum(), [x, layer.mlp.up.weight])
+    for ours, theirs in zip(found["triton"], found["torch"], strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * float(theirs.abs().max()))
 
 
 def test_the_activation_is_never_in_memory(monkeypatch):

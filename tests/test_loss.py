@@ -45,6 +45,16 @@ def test_narrow_weights_and_autocast():
             torch.testing.assert_close(mine, other, rtol=3e-2, atol=1e-2)
 
 
+def test_doubles_stay_doubles():
+    head, hidden, labels = problem(torch.float64)
+    expected = F.cross_entropy(head(hidden), labels, reduction="sum")
+    ours = head(hidden, labels, 7)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, expected, rtol=1e-14, atol=0)
+    for mine, other in zip(gradients(ours, head, hidden), gradients(expected, head, hidden), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-13)
+
+
 def test_no_position_at_all_and_gradients_that_are_not_wanted():
     head, hidden, labels = problem()
     nothing = head(hidden[:0], labels[:0], 4)
@@ -52,6 +62,10 @@ def test_no_position_at_all_and_gradients_that_are_not_wanted():
     head.requires_grad_(False)
     head(hidden, labels, 4).backward()
     assert hidden.grad is not None and head.weight.grad is None
+    head.requires_grad_(True)
+    head(hidden.detach(), labels, 4).backward()
+    expected = torch.autograd.grad(F.cross_entropy(head(hidden), labels, reduction="sum"), head.weight)[0]
+    torch.testing.assert_close(head.weight.grad, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_graph_may_be_gone_through_twice_but_not_differentiated_twice():

@@ -3,6 +3,7 @@
     python -m tests.bench.bench_layer --rows 2 --tokens 64      (a quick try; without arguments BERT-base at B=8, L=128)
 
 T timesteps pass through every weight of a spiking layer, so its measure is the ordinary layer on T times the batch.
+"nothing summed up" leaves out the statistics' last sums, not what encode counts while it has each element at hand.
 """
 
 import argparse

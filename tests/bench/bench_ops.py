@@ -1,5 +1,7 @@
 """The primitives on packed spikes: time an element and bytes a second, by backend and dtype, beside a copy.
 
+On CPUs the time is that of all cores together. encode makes its statistics, too, as in training.
+
     python -m tests.bench.bench_ops --rows 64 --record
 
 Bytes are those that must pass between memory and cores: every input and output once; of an activation before the
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     device = torch.device(options.device)
     shape = (options.timesteps, options.rows, options.tokens, options.width)
+    unit = "CPU-" if device.type == "cpu" else ""
     rows, setting = [], f"T={shape[0]} B={shape[1]} L={shape[2]} D={shape[3]}"
     print(f"{setting}; {options.rounds} alternations of {CALLS} calls; {machine(device)}")
     for dtype in (torch.float32, torch.bfloat16):
@@ -62,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figures = (f"{elements:.3f}", f"{speed[name] / 1e9:.1f}", f"{100 * speed[name] / speed['copy']:.0f}")
             rows.append([f"{name}, {str(dtype).removeprefix('torch.')}", *figures])
         if options.record:
-            record("ops", f"{setting} {dtype}", "s", each, device)
-    print(format_table(["primitive", "ns/element", "GB/s", "% of a copy"], rows))
+            record("ops", f"{setting} {dtype}", f"{unit}s", each, device)
+    print(format_table(["primitive", f"{unit}ns/element", f"GB/{unit}s", "% of a copy"], rows))
 
 
 def primitives(x: Tensor, backend: str) -> dict[str, Callable[[], object]]:
