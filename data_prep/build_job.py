@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.build_progress import BuildProgress
-from data_prep.duplicates import find_repeats, keys_array, save_array
+from data_prep.duplicates import UnitKeys, find_repeats, save_array
 from data_prep.manifest import UnitRecord
 from data_prep.ranks import Ranks
 from data_prep.sources import WorkUnit
@@ -102,14 +102,14 @@ class Job:
         return found
 
     def _write_keys(self, unit: WorkUnit, progress: BuildProgress) -> None:
-        found: dict[str, list[tuple[int, int]]] = {name: [] for name in self.comparisons}
+        found = {name: UnitKeys(unit.number) for name in self.comparisons}
         for number, _, text in self._screen({}).documents(unit):
             if text.strip():
                 for name, keys_of in self.comparisons.items():
-                    found[name] += [(key, number) for key in keys_of(text)]
+                    found[name].add(number, keys_of(text))
             progress.count(documents=1)
         for name, keys in found.items():
-            save_array(keys_path(self.root, name, unit.number), keys_array(unit.number, keys))
+            save_array(keys_path(self.root, name, unit.number), keys.sorted())
 
     def _without(self, path_of: Callable[[int], Path]) -> list[int]:
         """Numbers of the units that have no such file yet, as the first rank sees them."""

@@ -7,6 +7,7 @@ Each rank brings the keys of some units as files. In every pass over a range of 
 equal ones meet in one rank, which tells of all documents but the first; a pass takes as many keys as memory is given.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -28,24 +29,32 @@ def words_key(text: str) -> int:
     return xxhash.xxh3_128_intdigest(words_alone(text))
 
 
-def keys_array(unit: int, keys: Iterable[tuple[int, int]]) -> np.ndarray:
-    """The keys of a unit from pairs of key and document number within the unit.
+class UnitKeys:
+    """The keys of a unit's documents as they are found, in 24 bytes each: of short texts a unit has millions."""
 
-    Raises:
-        ValueError: a unit of 2**32 documents or more.
-    """
-    rows = [(key >> 64, key & (1 << 64) - 1, number) for key, number in keys]
-    array = np.array(rows, np.uint64).reshape(-1, 3).T
-    if array.shape[1] and array[2].max() > NUMBER_MASK:
-        raise ValueError(f"unit {unit} holds more than {NUMBER_MASK:,} documents: set a smaller unit_megabytes")
-    array[2] |= np.uint64(unit << NUMBER_BITS)
-    return _sorted(array)
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
+        self._values = array("Q")
+
+    def add(self, number: int, keys: Iterable[int]) -> None:
+        """Keys of 128 bits of the document with this number within the unit. ValueError for one of 2**32 or more."""
+        if number > NUMBER_MASK:
+            raise ValueError(
+                f"unit {self._unit} holds more than {NUMBER_MASK:,} documents: set a smaller unit_megabytes"
+            )
+        document = self._unit << NUMBER_BITS | number
+        for key in keys:
+            self._values.extend((key >> 64, key & (1 << 64) - 1, document))
+
+    def sorted(self) -> np.ndarray:
+        """All of them, as files of keys have them: uint64 [3, n]."""
+        return _sorted(np.frombuffer(self._values, np.uint64).reshape(-1, 3).T)
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, values: np.ndarray) -> None:
     """Write an array as .npy, whole or not at all."""
     with atomic_file(path) as file:
-        np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
+        np.lib.format.write_array(file, values, version=(1, 0), allow_pickle=False)
 
 
 def load_array(path: Path) -> np.ndarray:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import duplicates
-from data_prep.duplicates import BYTES_PER_KEY, find_repeats, keys_array, load_array, save_array, words_key
+from data_prep.duplicates import BYTES_PER_KEY, UnitKeys, find_repeats, load_array, save_array, words_key
 from data_prep.ranks import Ranks
 
 
@@ -71,8 +71,10 @@ def write_keys(folder, units):
     files = []
     for unit, documents in enumerate(units):
         files.append(folder / f"keys-{unit}.npy")
-        pairs = [(key, number) for number, keys in enumerate(documents) for key in keys]
-        save_array(files[-1], keys_array(unit, pairs))
+        found = UnitKeys(unit)
+        for number, keys in enumerate(documents):
+            found.add(number, keys)
+        save_array(files[-1], found.sorted())
     return files
 
 
@@ -118,12 +120,16 @@ def test_documents_are_equal_by_their_words():
 
 def test_a_unit_of_too_many_documents_is_refused(monkeypatch):
     monkeypatch.setattr(duplicates, "NUMBER_MASK", np.uint64(3))
-    assert keys_array(1, [(5, 3)]).tolist() == [[0], [5], [(1 << 32) + 3]]
+    keys = UnitKeys(1)
+    keys.add(3, [5])
+    assert keys.sorted().tolist() == [[0], [5], [(1 << 32) + 3]]
     with pytest.raises(ValueError, match="unit 1 holds more than 3 documents: set a smaller unit_megabytes"):
-        keys_array(1, [(5, 4)])
+        keys.add(4, [5])
 
 
 def test_keys_come_back(tmp_path):
-    keys = keys_array(7, [(2**64 + 5, 0), (3, 1), (3, 0)])
-    save_array(tmp_path / "keys.npy", keys)
+    keys = UnitKeys(7)
+    keys.add(0, [2**64 + 5, 3])
+    keys.add(1, [3])
+    save_array(tmp_path / "keys.npy", keys.sorted())
     assert load_array(tmp_path / "keys.npy").tolist() == [[0, 0, 1], [3, 3, 5], [7 << 32, (7 << 32) + 1, 7 << 32]]

@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from data_prep.duplicates import find_repeats, keys_array, save_array
+from data_prep.duplicates import UnitKeys, find_repeats, save_array
 from data_prep.near_duplicates import BandKeys, NearDuplicateSettings
 from data_prep.ngrams import words_of
 from data_prep.ranks import Ranks
@@ -76,8 +76,10 @@ def test_a_text_longer_than_one_turn_has_the_same_signature(texts, monkeypatch):
 
 def test_of_near_duplicates_the_first_stays(texts, tmp_path):
     keys = BandKeys(NearDuplicateSettings())
-    numbered = [(int(key) << 64, number) for number, text in enumerate(texts) for key in keys.keys(text)]
-    save_array(tmp_path / "keys.npy", keys_array(0, numbered))
+    found = UnitKeys(0)
+    for number, text in enumerate(texts):
+        found.add(number, [int(key) << 64 for key in keys.keys(text)])
+    save_array(tmp_path / "keys.npy", found.sorted())
     gone = set(find_repeats(Ranks(), {0: tmp_path / "keys.npy"}, [0], 1 << 20)[0].tolist())
     similar = {place for place in range(12, 48) if jaccard(texts[(place - 12) // 3], texts[place]) > 0.9}
     other = {place for place in range(12, 48) if jaccard(texts[(place - 12) // 3], texts[place]) < 0.4}
