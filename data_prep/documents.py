@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 LONGEST_DOCUMENT = 64 << 20
@@ -54,7 +55,12 @@ class WorkUnit:
 
     def name_of(self, path: str) -> str:
         """A file's place in its input: stable wherever the input lies."""
-        return Path(path).relative_to(self.root).as_posix() if self.root else Path(path).name
+        return _name_of(path, self.root)
+
+
+@lru_cache(maxsize=1)  # every document of a file asks
+def _name_of(path: str, root: str) -> str:
+    return Path(path).relative_to(root).as_posix() if root else Path(path).name
 
 
 class BrokenContent(Exception):
