@@ -107,8 +107,7 @@ class BlockNeurons:
     ) -> None:
         self.config = config
         self.trains_rate = trains_rate
-        # A copy: the backward reads amplitudes once more, and by then the table may have moved on.
-        self.amplitudes = amplitudes if calibrate else amplitudes.clone()
+        self.amplitudes = amplitudes
         self.counted_BL = counted_BL
         self.calibrate = calibrate
         self.carries = carries

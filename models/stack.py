@@ -201,10 +201,7 @@ class SpikeStack(nn.Module):
         `position_ids_BL` are for decoders: what they rotate by, and how they tell the documents of a row apart.
         `cache` holds the tokens before these, and takes these up; attention_mask_BL then has columns for all of them.
         """
-        # A copy: what is computed again in the backward must not meet amplitudes that have been updated meanwhile.
-        amplitudes = (
-            torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes().clone()
-        )
+        amplitudes = torch.full_like(self.amplitudes, float("nan")) if calibrate else self._calibrated_amplitudes()
         visible_BL = None if attention_mask_BL is None else attention_mask_BL.to(torch.bool)
         layout = self._layout(x_BLD, visible_BL, position_ids_BL, cache)
         pack, pad = (layout.places.pack, layout.places.pad) if layout.places else (_as_it_is, _as_it_is)
@@ -212,7 +209,9 @@ class SpikeStack(nn.Module):
         sums = []
         held = [None] * len(self.layers) if cache is None else cache.layers
         for layer, rows, past in zip(self.layers, self._rows(amplitudes), held, strict=True):
-            x_TBLD, layer_sums = layer(x_TBLD, rows, layout, calibrate, cache=past)
+            # A copy: the backward reads amplitudes once more, and by then the table may have moved on.
+            own = rows if calibrate else rows.clone()
+            x_TBLD, layer_sums = layer(x_TBLD, own, layout, calibrate, cache=past)
             sums.append(layer_sums.to(x_BLD.device))
             if observe:
                 observe(pad(collapse_time(x_TBLD)))
