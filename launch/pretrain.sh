@@ -14,7 +14,7 @@ main() { # read whole before anything begins: the file may change under a run of
     command=pipeline/${SPIKELM_COMMAND:-pretrain}.py # launch/finetune.sh names another
     case ${1:-} in -h | --help) exec python "$command" --help ;; esac
     if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
-        [ -f "$1" ] || { echo "error: no recipe $1 in $root: launch/recipes has some" >&2; exit 2; }
+        [ -f "$1" ] || { echo "error: no recipe $1 in $root: launch/recipes${SPIKELM_COMMAND:+/$SPIKELM_COMMAND} has some" >&2; exit 2; }
         set -- --recipe "$@"
     fi
 

@@ -6,7 +6,8 @@ ICML 2024.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from copy import copy
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
@@ -19,11 +20,26 @@ SITES: tuple[Site, ...] = get_args(Site)
 
 DEFAULT_LEAK = {"elastic": 0.25, "lif": 0.5, "none": None}
 
+_LEARNED_BEST: dict[str, Any] = {
+    "frequency": 1.4,
+    "site_frequencies": {},
+    "amplitude": "tracked",
+    "reset": "normalized",
+    "count_padding": False,
+}
+
 NEURON_PRESETS: dict[str | None, dict[str, Any]] = {
-    # What learned best for its spikes in the trials that tests/bench/README.md tells of.
-    None: {"frequency": 1.4, "amplitude": "tracked", "reset": "normalized", "count_padding": False},
+    # What learned best for its spikes in the trials that tests/bench/README.md tells of, in encoders and in decoders.
+    None: _LEARNED_BEST,
+    "decoder": {**_LEARNED_BEST, "frequency": 1.5, "site_frequencies": {"value": 0.8}},
     # Xing et al. 2024, as their released code has it.
-    "released": {"frequency": 2.0, "amplitude": "frozen", "reset": "released", "count_padding": True},
+    "released": {
+        "frequency": 2.0,
+        "site_frequencies": {},
+        "amplitude": "frozen",
+        "reset": "released",
+        "count_padding": True,
+    },
 }
 """What fields of NeuronConfig are where they are unset, by its `preset`."""
 
@@ -39,9 +55,10 @@ class NeuronConfig:
     kind: Literal["elastic", "lif", "none"] = "elastic"
     """elastic: ternary spikes times an amplitude; lif: binary leaky integrate-and-fire; none: ordinary transformer."""
 
-    preset: Literal["released"] | None = None
-    """released: fields that are unset take the published settings (frequency 2, amplitude frozen, reset released,
-    padding counted). Only a way to give them: in a configuration that is whole it is null again."""
+    preset: Literal["decoder", "released"] | None = None
+    """decoder: fields that are unset take what decoders learn best with (frequency 1.5, of values 0.8); released: the
+    published settings (frequency 2, amplitude frozen, reset released, padding counted). Only a way to give them: in a
+    configuration that is whole it is null again."""
 
     num_timesteps: int | None = None
     """Spike timesteps T. Unset: 4, or 1 for kind none."""
@@ -53,8 +70,8 @@ class NeuronConfig:
     """k in alpha = k * mean|m|: a neuron fires where |m| > k/2 * mean|m|, so a larger k means fewer spikes. Unset:
     1.4."""
 
-    site_frequencies: dict[Site, float] = field(default_factory=dict)
-    """k of those of a block's sites that have another than `frequency`, by their names in SITES."""
+    site_frequencies: dict[Site, float] | None = None
+    """k of those of a block's sites that have another than `frequency`, by their names in SITES. Unset: none."""
 
     amplitude: Literal["frozen", "tracked"] | None = None
     """frozen: the calibrated alpha for ever; tracked: a running mean of k * mean|m|, moved once a step. Unset:
@@ -75,10 +92,11 @@ class NeuronConfig:
         if self.kind not in DEFAULT_LEAK:
             raise ValueError(f"neuron.kind is {self.kind!r}: use one of {', '.join(DEFAULT_LEAK)}")
         if self.preset not in NEURON_PRESETS:
-            raise ValueError(f"neuron.preset is {self.preset!r}: use released, or leave it out")
+            names = " or ".join(filter(None, NEURON_PRESETS))
+            raise ValueError(f"neuron.preset is {self.preset!r}: use {names}, or leave it out")
         for name, value in NEURON_PRESETS[self.preset].items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, copy(value))
         object.__setattr__(self, "preset", None)  # spent: the fields say all, and may be replaced one by one
         if self.num_timesteps is None:
             object.__setattr__(self, "num_timesteps", 1 if self.kind == "none" else 4)

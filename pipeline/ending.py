@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from pipeline.launched import leave_code, speaks_without_rank_0, tell_once, told_by_launcher
+from pipeline.launched import has_ended, leave_code, speaks_without_rank_0, tell_once, told_by_launcher
 from pipeline.stopping import StopRequest
 
 Result = TypeVar("Result")
@@ -205,16 +205,18 @@ def end_by(error: BaseException, roll_call: RollCall | None, is_alike: bool = Fa
 
 
 def end_early(stop: StopRequest) -> NoReturn:
-    """End this process on request, before there is anything to save."""
-    speaks = told_by_launcher("RANK") in (0, 1)  # rank 0 may be the one that has died
+    """End this process on request, before there is anything to save; rank 1 speaks where rank 0 has not."""
     if stop.is_bereaved:
-        if speaks:
-            # No error of its own: the one that died has told it, if it could.
-            _tell(Stopped("a process of the run died while it started: its own words stand above, if it had any"))
-        leave(PROCESS_LOST)
-    if speaks:
-        _tell(Stopped(f"stopped by {stop.reason} before training began: the same command begins it"))
-    leave(STOPPED)
+        # No error of its own: the one that died has told it, if it could.
+        words = "a process of the run died while it started: its own words stand above, if it had any"
+    else:
+        words = f"stopped by {stop.reason} before training began: the same command begins it"
+    rank = told_by_launcher("RANK")
+    if rank == 1:
+        _wait_until(has_ended, ANSWER_SECONDS)
+    if rank in (0, 1) and not has_ended():
+        _tell(Stopped(words))
+    leave(PROCESS_LOST if stop.is_bereaved else STOPPED)
 
 
 def first_line(error: BaseException) -> str:

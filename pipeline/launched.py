@@ -34,12 +34,18 @@ def tell_once(say: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            if _has_ended():
+            if has_ended():
                 return
             time.sleep(POLL_SECONDS)
         if not speaks_without_rank_0(rank, local_rank):
             return
     say()
+
+
+def has_ended() -> bool:
+    """Whether a rank has left its exit code, after what it had to say."""
+    job = os.environ.get(JOB_FOLDER)
+    return bool(job) and (Path(job) / "exit_code").exists()
 
 
 def leave_code(code: int) -> None:
@@ -49,9 +55,3 @@ def leave_code(code: int) -> None:
         # The first code stays. The script may be gone, with its folder, or the disk full.
         with suppress(OSError), open(Path(job) / "exit_code", "x", encoding="utf-8") as file:
             file.write(f"{code}\n")
-
-
-def _has_ended() -> bool:
-    """Whether a rank has left its exit code, after what it had to say."""
-    job = os.environ.get(JOB_FOLDER)
-    return bool(job) and (Path(job) / "exit_code").exists()

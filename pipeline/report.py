@@ -8,6 +8,7 @@ no layers that was trained alike.
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ TARGETS = {"masked_lm": "masked-token", "causal_lm": "next-token", "next_sentenc
 """What a run may predict, by the prefix of its losses and accuracies; tokens' losses are judged, in nats per token."""
 
 ENTROPY = "unigram_entropy"
+
+NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 """The first line to beat, in nats per token."""
 
 
@@ -166,8 +169,8 @@ def _health_lines(run: Run) -> list[str]:
     found: dict[tuple[str, str], str] = {}
     for record in run.health:
         for text in record["warnings"]:  # a resumed run tells once more what it finds, by the values of then
-            site, remedy = text.partition(",")[0], text.partition(": ")[2]
-            found.setdefault((site, remedy), f"    from step {record['step']}: {text}")
+            site, _, fault = text.partition(",")
+            found.setdefault((site, NUMBER.sub("", fault)), f"    from step {record['step']}: {text}")
     return [_line("faults of neurons", str(len(found))), *found.values()] if found else []
 
 

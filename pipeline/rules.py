@@ -196,7 +196,10 @@ def _spike_faults(kind: str, recompute_hidden: bool, backend: str) -> Iterator[s
 def _penalty_faults(kind: str, overrides: Mapping[str, Any], firing_penalty: float) -> Iterator[str]:
     effect = f"training.firing_penalty: {firing_penalty} has no effect"
     if firing_penalty and kind != "elastic":
-        yield f"{effect} with model.neuron.kind {kind}: elastic neurons alone have a gradient of their firing rate"
+        yield (
+            f"{effect} with model.neuron.kind {kind}: elastic neurons alone have a gradient of their firing rate; "
+            "leave it out, or set it to 0"
+        )
     if firing_penalty and overrides.get("num_hidden_layers") == 0:
         yield f"{effect} with model.overrides.num_hidden_layers 0, where nothing fires: leave one of them out"
 

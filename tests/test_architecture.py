@@ -23,18 +23,7 @@ MAX_LINES = 500
 # Inside pipeline: commands import running parts, which import foundations. A new module takes its place here.
 RUNNING_PARTS = {
     *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "model_folder", "corpus", "loader"),
-    *(
-        "metrics",
-        "documents",
-        "evaluation",
-        "options",
-        "world",
-        "command",
-        "ending",
-        "launched",
-        "stopping",
-        "build_locks",
-    ),
+    *("metrics", "documents", "evaluation", "options", "world", "command", "ending", "launched", "stopping"),
     *("build_locks", "footprint", "tracing", "read_ahead", "remote", "shard_cache", "spike_check"),
     *("glue", "own_rows", "task_data", "task_files", "task_metrics"),
     *("task_corpus", "task_evaluation", "task_model", "task_results", "task_trainer"),

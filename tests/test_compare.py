@@ -1,10 +1,15 @@
 """The table and plot of fine-tuned variants, from runs as the commands leave them."""
 
 import json
+import re
+import shlex
 
 import pytest
 
+from models.config import NeuronConfig
 from pipeline.compare import main
+from pipeline.config import load_run_config
+from tests.launcher import ROOT
 
 TASK = {"task": "own", "chosen_by": "accuracy", "num_timesteps": 4, "seeds": [0, 1], "rows": {"train": 9}}
 
@@ -72,3 +77,17 @@ def test_runs_that_have_not_ended_are_named(variants, tmp_path, capsys, missing,
     (tmp_path / missing).unlink()
     assert main([*variants, "--output", str(tmp_path / "out")]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["demo", "encoder-base", "decoder-tiny", "decoder-124m", "decoder-7b"])
+def test_the_script_can_pretrain_every_variant_of_any_recipe(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = re.findall('^compare "(.*)" \\S+ (.*)$', (ROOT / "launch/compare.sh").read_text(), re.MULTILINE)
+    file = f"launch/recipes/{recipe}.yaml"
+    neurons = {
+        name: load_run_config(["--recipe", file, *shlex.split(options)]).model.neuron for name, options in lines
+    }
+    assert list(neurons) == ["ordinary", "released, T=4", "ours, T=1", "ours, T=4", "lif, T=4"]
+    assert neurons["released, T=4"] == NeuronConfig(preset="released")
+    ours = "decoder" if recipe.startswith("decoder") else None
+    assert neurons["ours, T=4"] == NeuronConfig(preset=ours)

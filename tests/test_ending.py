@@ -266,6 +266,34 @@ def test_before_the_ranks_have_met_each_tells_what_it_alone_has_found(tmp_path):
     assert (tmp_path / "output.txt").read_text() == "error: bad recipe\n"
 
 
+def end_early_alone(output, variables, is_bereaved):
+    ending.ANSWER_SECONDS = 0.1
+    os.environ.update(variables)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 2)
+    stop = stopping.StopRequest()
+    stop.reason, stop.is_bereaved = "SIGTERM", is_bereaved
+    ending.end_early(stop)
+
+
+@pytest.mark.parametrize(
+    ("is_bereaved", "code", "words"),
+    [
+        (True, ending.PROCESS_LOST, "a process of the run died while it started: its own words stand above"),
+        (False, ending.STOPPED, "stopped by SIGTERM before training began"),
+    ],
+)
+def test_before_training_rank_1_speaks_where_rank_0_has_not(tmp_path, is_bereaved, code, words):
+    output, job = tmp_path / "output.txt", {stopping.JOB_FOLDER: str(tmp_path)}
+    assert exit_code(end_early_alone, output, {"RANK": "2"} | job, is_bereaved) == code
+    assert output.read_text() == ""
+    (tmp_path / "exit_code").unlink()
+    assert exit_code(end_early_alone, output, {"RANK": "1"} | job, is_bereaved) == code
+    assert output.read_text().startswith(words)
+    assert exit_code(end_early_alone, output, {"RANK": "1"} | job, is_bereaved) == code
+    assert output.read_text() == "" and (tmp_path / "exit_code").read_text() == f"{code}\n"
+
+
 def test_last_words_that_nobody_reads_change_no_exit_code():
     assert exit_code(end_alone, None, {}) == ending.BAD_INPUT
 

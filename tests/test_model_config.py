@@ -33,6 +33,14 @@ def test_one_word_names_the_published_neuron():
     assert SpikeLMConfig(neuron=SpikeLMConfig(neuron="released").to_dict()["neuron"]).neuron == released
 
 
+def test_another_names_what_decoders_learn_best_with():
+    decoder = NeuronConfig(preset="decoder")
+    assert decoder == NeuronConfig(frequency=1.5, site_frequencies={"value": 0.8})
+    decoder.site_frequencies["key"] = 1.0  # its own
+    assert NeuronConfig(preset="decoder").site_frequencies == {"value": 0.8}
+    assert NeuronConfig(preset="decoder", site_frequencies={"key": 1.0}).site_frequencies == {"key": 1.0}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -48,7 +56,7 @@ def test_one_word_names_the_published_neuron():
         ({"site_frequencies": {"key": -1.0}}, "neuron.site_frequencies.key is -1.0"),
         ({"momentum": 1.0}, "neuron.momentum is 1.0"),
         ({"amplitude": "wild"}, "neuron.amplitude is 'wild': use frozen or tracked"),
-        ({"preset": "publishd"}, "neuron.preset is 'publishd': use released, or leave it out"),
+        ({"preset": "publishd"}, "neuron.preset is 'publishd': use decoder or released, or leave it out"),
         ({"reset": "hard"}, "neuron.reset is 'hard': use released or normalized"),
     ],
 )

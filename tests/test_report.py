@@ -154,8 +154,11 @@ def test_faults_of_neurons_are_listed(tmp_path, capsys):
     run = write_run(tmp_path / "demo", 5.0)
     assert report.main([str(run)]) == 0
     assert "faults of neurons" not in capsys.readouterr().out
-    Metrics(run, enabled=True, total_steps=20, progress=False).log_health(15, ["layer0.qkv, timestep 1, is silent"])
+    faults = ("fires at 97.0%: raise model.neuron.frequency", "is saturated at 70%: raise model.neuron.frequency")
+    metrics = Metrics(run, enabled=True, total_steps=20, progress=False)
+    metrics.log_health(15, [f"layer{site}.qkv, timestep 1, {fault}" for site in (0, 1) for fault in faults])
+    metrics.log_health(16, [f"layer0.qkv, timestep 2, {faults[0].replace('97.0', '97.5')}"])  # of a run that went on
     assert report.main([str(run)]) == 0
     told = capsys.readouterr().out
-    assert line_of(told, "faults of neurons") == ["1"]
-    assert "from step 15: layer0.qkv, timestep 1, is silent" in told
+    assert line_of(told, "faults of neurons") == ["4"]
+    assert f"from step 15: layer0.qkv, timestep 1, {faults[0]}" in told

@@ -126,7 +126,7 @@ def test_a_fine_tuning_killed_in_the_middle_ends_as_if_it_had_not_been(finetuned
             os.kill(pid, signal.SIGKILL)
         assert process.wait(timeout=60) != 0
     assert not (killed / "DONE").exists()
-    resumed = run([str(ROOT / "launch/finetune.sh"), *arguments])
+    resumed = run([str(ROOT / "launch/finetune.sh"), *arguments], PROCESSES="2")
     assert resumed.returncode == 0, resumed.stdout
     assert "resuming from" in resumed.stdout and "validation accuracy" in resumed.stdout
     assert json.loads((killed / "result.json").read_text()) == json.loads((whole / "result.json").read_text())

@@ -99,6 +99,7 @@ def test_the_command_ends_with_its_exit_code_and_one_message(name, outcome):
     assert outcome.seconds < ENDS_WITHIN, output
     assert outcome.exit_code == fault.exit_code, output
     assert "Traceback" not in output
+    assert not re.search("died while it started|before training began", output), output
     assert len(outcome.messages("error: ")) == (fault.begins == "error: "), output
     (message,) = outcome.messages(fault.begins)
     assert [pattern for pattern in fault.told if not re.search(pattern, message)] == [], message
