@@ -84,9 +84,7 @@ def test_the_script_can_pretrain_every_variant_of_any_recipe(recipe, monkeypatch
     monkeypatch.chdir(ROOT)
     lines = re.findall('^compare "(.*)" \\S+ (.*)$', (ROOT / "launch/compare.sh").read_text(), re.MULTILINE)
     file = f"launch/recipes/{recipe}.yaml"
-    neurons = {
-        name: load_run_config(["--recipe", file, *shlex.split(options)]).model.neuron for name, options in lines
-    }
+    neurons = {name: load_run_config(["--recipe", file, *shlex.split(options)]).model.neuron for name, options in lines}
     assert list(neurons) == ["ordinary", "released, T=4", "ours, T=1", "ours, T=4", "lif, T=4"]
     assert neurons["released, T=4"] == NeuronConfig(preset="released")
     ours = "decoder" if recipe.startswith("decoder") else None
