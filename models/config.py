@@ -7,7 +7,7 @@ ICML 2024.
 import math
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
@@ -104,6 +104,11 @@ class NeuronConfig:
             object.__setattr__(self, "leak", DEFAULT_LEAK[self.kind])
         if faults := self._faults():
             raise ValueError("; ".join(faults))
+
+    def changed(self, **settings: Any) -> "NeuronConfig":
+        """The same with other fields; a preset among them stands for all of its own."""
+        named = NEURON_PRESETS.get(settings.get("preset"), {}) if settings.get("preset") else {}
+        return replace(self, **{**named, **settings})
 
     def frequency_of(self, site: str) -> float:
         """k of a site, given as in SITES or with its layer before it, `layer3.key`."""

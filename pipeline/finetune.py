@@ -22,7 +22,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.stopping import StopRequest
 from pipeline.task_corpus import EncodedRows, TaskCorpus, TaskObjective, encode_task
 from pipeline.task_data import open_task
-from pipeline.task_model import Start, build_task_model, open_start, save_description
+from pipeline.task_model import Start, build_task_model, open_start, refuse_penalty, save_description
 from pipeline.task_results import RESULT, describe_results, measure_seed, summarize
 from pipeline.task_trainer import TaskTrainer
 from pipeline.tasks import TRAIN, TaskData, TaskSettings
@@ -65,6 +65,7 @@ def _prepare(config: FinetuneConfig, world: World) -> Material:
             f"model.start {config.model.start}: the processes read different weights: wait until its training has "
             "ended, or name one of its checkpoints"
         )
+    refuse_penalty(start, config.training.firing_penalty)
     length = row_length(config.training, start.config.max_position_embeddings)
     data = _open_task(config.task, world)
     rows, truncated = encode_task(data, start.tokenizer, length)

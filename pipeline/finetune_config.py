@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_prep.recipes import FolderName, Rule, Share, load_settings, strict
 from models.config import PRESETS, NeuronConfig
@@ -88,6 +88,10 @@ class EpochSettings:
 
     micro_batch_size: PositiveInt = 32
     """Rows of one forward in one process; the rest of its share is accumulated."""
+
+    firing_penalty: NonNegativeFloat = 0.0
+    """What a firing rate of 1 would add to the loss that is minimised, in proportion to the mean rate of all sites of
+    elastic neurons: the larger, the fewer spikes; 0: none."""
 
     stop_after_step: PositiveInt | None = None
     """Stop every seed early, with a checkpoint, after this step, to be resumed later; null: do not."""
@@ -209,6 +213,7 @@ def task_run(config: FinetuneConfig, seed: int, num_rows: int, length: int) -> T
             total_steps=total_steps,
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
+            firing_penalty=training.firing_penalty,
             stop_after_step=training.stop_after_step,
         ),
         selection=selection,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_NAME = "nyu-mll/glue"
+HUB_DIAGNOSTIC = "ax"  # rows of MNLI's kind, which `datasets` has as a task of their own
 HIGHEST_SCORE = 5.0  # of STS-B, whose lowest is 0
 MOST_BROKEN = 0.01  # share of the rows of a file that may be left out
 UNLABELLED = (None, -1)  # what `datasets` has in test sets
@@ -106,10 +107,19 @@ def read_glue(settings: TaskSettings) -> tuple[Task, dict[str, Examples], list[s
     """
     task, data = TASKS[settings.name], settings.data
     if data == HUB:
-        return task, _hub_splits(task, _from_hub(task.name), f"{HUB_NAME} {task.name}"), []
-    saved = [folder for folder in (Path(data), Path(data, task.name)) if is_saved(folder)]
-    if saved:
-        return task, _hub_splits(task, load_saved(str(saved[0])), str(saved[0])), []
+        saved, remarks = _from_hub(task.name), []
+        if task.name == "mnli":
+            try:
+                saved |= _diagnostic(_from_hub(HUB_DIAGNOSTIC))
+            except ValueError as error:  # tasks may have been fetched one by one
+                remarks.append(f"no predictions for the diagnostic rows: {error}")
+        return task, _hub_splits(task, saved, f"{HUB_NAME} {task.name}"), remarks
+    folders = [folder for folder in (Path(data), Path(data, task.name)) if is_saved(folder)]
+    if folders:
+        saved, beside = load_saved(str(folders[0])), folders[0].with_name(HUB_DIAGNOSTIC)
+        if task.name == "mnli" and is_saved(beside):
+            saved |= _diagnostic(load_saved(str(beside)))
+        return task, _hub_splits(task, saved, str(folders[0])), []
     reader = _Reader(task, Path(data))
     return task, reader.splits(), reader.remarks
 
@@ -151,6 +161,8 @@ class _Reader:
     def _table(self, path: Path, split: str) -> Table:
         """The rows of a file. Nothing is quoted in it; rows that are cut short are left out, but of test sets."""
         lines = read_lines(str(path))
+        while not lines[-1].strip():
+            lines.pop()
         is_test = split not in (TRAIN, VALIDATION, VALIDATION_MISMATCHED)
         has_header = self.layout.unnamed is None or is_test
         names = lines[0].split("\t") if has_header else list(self.layout.unnamed)
@@ -278,10 +290,14 @@ def _from_hub(name: str) -> dict[str, Dataset]:
         ) from None
 
 
+def _diagnostic(saved: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    return {DIAGNOSTIC: saved[TEST]} if TEST in saved else {}
+
+
 def _hub_splits(task: Task, saved: dict[str, Dataset], place: str) -> dict[str, Examples]:
     """All splits that there are; train and validation must be."""
     matched = {f"{name}_matched": name for name in (VALIDATION, TEST)} if task.name == "mnli" else {}
-    known = (*MNLI_FILES,) if task.name == "mnli" else (*SPLIT_FILES,)
+    known = (*MNLI_FILES, DIAGNOSTIC) if task.name == "mnli" else (*SPLIT_FILES,)
     named = {matched.get(name, name): dataset for name, dataset in saved.items()}
     if missing := [name for name in (TRAIN, VALIDATION) if name not in named]:
         raise ValueError(f"{place}: no split {missing[0]!r}, only {', '.join(saved)}: save all of {HUB_NAME}'s")
@@ -295,7 +311,7 @@ def _hub_examples(task: Task, dataset: Dataset, place: str, split: str) -> Examp
         for row, cell in enumerate(table.columns[name]):
             if not isinstance(cell, str):
                 raise ValueError(f"{table.place(row)}: {cell!r:.80} in column {name!r} is no text: save {HUB_NAME}'s")
-    is_test = split in (TEST, TEST_MISMATCHED)
+    is_test = split in (TEST, TEST_MISMATCHED, DIAGNOSTIC)
     ids = table.columns.get("idx") if is_test else None
     if "label" not in table.columns and not is_test:
         raise ValueError(f"{place}: no column 'label', only {', '.join(dataset.column_names)}: save {HUB_NAME}'s")
@@ -306,10 +322,11 @@ def _hub_examples(task: Task, dataset: Dataset, place: str, split: str) -> Examp
 
 
 def _hub_reading(task: Task) -> Callable[[Any], float | None]:
-    """What a label of `datasets` means: the name of a class, or its number where the classes have no names."""
-    numbers = {name: number for number, name in enumerate(task.classes)}
-    names = {number: number for number in numbers.values()}
-    return (lambda label: (numbers if isinstance(label, str) else names).get(label)) if task.classes else _score
+    """What a label of `datasets` means: the name of a class, or its number."""
+    numbers: dict[Any, int] = {name: number for number, name in enumerate(task.classes)}
+    for number in range(len(task.classes)):
+        numbers[number] = numbers[str(number)] = number
+    return numbers.get if task.classes else _score
 
 
 # What the server takes

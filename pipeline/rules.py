@@ -193,7 +193,8 @@ def _spike_faults(kind: str, recompute_hidden: bool, backend: str) -> Iterator[s
             )
 
 
-def _penalty_faults(kind: str, overrides: Mapping[str, Any], firing_penalty: float) -> Iterator[str]:
+def penalty_faults(kind: str, overrides: Mapping[str, Any], firing_penalty: float) -> Iterator[str]:
+    """What speaks against training the firing rate of such neurons, in a model with such overrides."""
     effect = f"training.firing_penalty: {firing_penalty} has no effect"
     if firing_penalty and kind != "elastic":
         yield (
@@ -268,7 +269,7 @@ RULES = (
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),
-    Rule(("model.neuron.kind", "model.overrides", "training.firing_penalty"), _penalty_faults),
+    Rule(("model.neuron.kind", "model.overrides", "training.firing_penalty"), penalty_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
     Rule(
         ("data.phases", "training.total_steps", "training.global_batch_size", "training.micro_batch_size"),

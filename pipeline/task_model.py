@@ -17,6 +17,7 @@ from models.modeling import SpikeLMForSequenceClassification, SpikeLMPreTrainedM
 from pipeline.engine import seed_weights
 from pipeline.finetune_config import StartSettings, TaskRun
 from pipeline.model import MODEL_FOLDER, draw_weights, open_model, set_execution
+from pipeline.rules import penalty_faults
 from pipeline.tasks import Task
 from pipeline.world import World
 
@@ -70,6 +71,13 @@ def open_start(settings: StartSettings) -> Start:
     return Start(config, tokenizer, model, None if model is None else _fingerprint(model))
 
 
+def refuse_penalty(start: Start, firing_penalty: float) -> None:
+    """ValueError where a penalty on the firing rate would change nothing."""
+    layers = {"num_hidden_layers": start.config.num_hidden_layers}
+    for fault in penalty_faults(start.config.neuron.kind, layers, firing_penalty):
+        raise ValueError(fault)
+
+
 def build_task_model(
     start: Start, task: Task, config: TaskRun, world: World
 ) -> tuple[SpikeLMForSequenceClassification, list[str]]:
@@ -94,7 +102,7 @@ def _with_overrides(model: SpikeLMPreTrainedModel, settings: StartSettings) -> S
     """The model's configuration with overrides. Where timesteps alone become fewer, the model itself loses the last."""
     was = model.config.neuron
     try:
-        neuron = replace(was, **settings.neuron)
+        neuron = was.changed(**settings.neuron)
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
     if neuron == replace(was, num_timesteps=neuron.num_timesteps) and neuron.num_timesteps < was.num_timesteps:

@@ -209,7 +209,10 @@ def _own_faults(settings: TaskSettings) -> Iterator[str]:
         elif path is not None and not os.path.isfile(path):
             yield f"task.{name}: {path!r} is no file: name one that exists"
     if settings.delimiter is not None and (len(settings.delimiter) != 1 or settings.delimiter in '"\r\n'):
-        yield f'task.delimiter: {settings.delimiter!r} is not one character that can part cells: a tab is written "\\t"'
+        yield (
+            f"task.delimiter: {settings.delimiter!r} is not one character that can part cells: use , or ; or | or a "
+            'tab, which is written "\\t"'
+        )
     columns = [settings.text, settings.label] + [settings.text_pair] * (settings.text_pair is not None)
     for column in sorted({column for column in columns if columns.count(column) > 1}):
         yield f"task.text, task.text_pair, task.label: {column!r} stands twice: each needs a column of its own"

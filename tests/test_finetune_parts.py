@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.recipes import ConfigError
 from models.amplitudes import spiking_stack
 from models.auto import save_with_code
-from models.config import SpikeLMConfig
+from models.config import NeuronConfig, SpikeLMConfig
 from models.modeling import AUTO_CLASSES, SpikeLMForCausalLM, SpikeLMForMaskedLM, SpikeLMForSequenceClassification
 from pipeline.checkpoint import Search
 from pipeline.config import differences
@@ -22,7 +22,7 @@ from pipeline.finetune_config import StartSettings, load_finetune_config, task_r
 from pipeline.loader import identity_differences
 from pipeline.objectives import IGNORED, count_targets, loss_sums, without_targets
 from pipeline.task_corpus import EncodedRows, TaskCorpus, TaskObjective
-from pipeline.task_model import build_task_model, open_start
+from pipeline.task_model import build_task_model, open_start, refuse_penalty
 from pipeline.task_results import describe_results, summarize
 from pipeline.task_trainer import predict
 from pipeline.tasks import Examples, TaskData, own_task
@@ -105,6 +105,7 @@ def test_steps_follow_from_rows_and_epochs(recipe):
     sizes = {"global_batch_size": 16, "micro_batch_size": 4, "stop_after_step": 9}
     stopped = task_run(recipe("--training.stop_after_step", "9"), 7, 100, 16).training
     assert sizes.items() <= vars(stopped).items() and stopped.firing_penalty == 0
+    assert task_run(recipe("--training.firing_penalty", "0.5"), 7, 100, 16).training.firing_penalty == 0.5
     other = task_run(recipe("--selection.early_stopping", "1", "--task.test", "null"), 7, 100, 16)
     assert differences(task_run(recipe(), 7, 100, 16), other) == ["selection.early_stopping: 0 in the run, 1 now"]
     glue = recipe()
@@ -141,8 +142,19 @@ def test_fewer_timesteps_keep_the_first_amplitudes_and_other_neurons_none(recipe
     assert remarks[-1].startswith("other neurons than the trained model's")
     dropout = open_start(StartSettings(start=str(trained), overrides={"hidden_dropout_prob": 0.3}))
     assert dropout.config.hidden_dropout_prob == 0.3
+    named = open_start(StartSettings(start=str(trained), neuron={"preset": "released", "frequency": 1.5}))
+    assert named.config.neuron == NeuronConfig(preset="released", frequency=1.5)
+    with pytest.raises(ValueError, match="model.neuron.preset is 'publishd': use decoder or released"):
+        open_start(StartSettings(start=str(trained), neuron={"preset": "publishd"}))
     with pytest.raises(ValueError, match="model.neuron.num_timesteps is 0"):
         open_start(StartSettings(start=str(trained), neuron={"num_timesteps": 0}))
+
+
+def test_a_penalty_on_what_has_no_gradient_is_refused(trained):
+    start = open_start(StartSettings(start=str(trained), neuron={"kind": "lif"}))
+    refuse_penalty(start, 0.0)
+    with pytest.raises(ValueError, match="firing_penalty: 0.1 has no effect with model.neuron.kind lif"):
+        refuse_penalty(start, 0.1)
 
 
 def test_weights_that_are_started_from_are_known_by_their_contents(trained, tmp_path):

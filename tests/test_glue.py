@@ -127,6 +127,14 @@ def test_rows_that_are_cut_in_two_are_left_out_and_told(glue):
     )
 
 
+def test_empty_lines_at_the_end_are_no_rows(glue):
+    for name in ("train", "test"):
+        path = glue / f"SST-2/{name}.tsv"
+        path.write_bytes(path.read_bytes() + b"\n\r\n")
+    data = read("sst2", glue)
+    assert not data.remarks and not any(text.strip() == "" for text in data.splits["test"].texts)
+
+
 def test_paraphrases_as_microsoft_has_them(tmp_path):
     header = ("\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String")
     train = [header, (1, 10, 20, "A .", QUOTE), (0, 11, 21, "B .", "b ."), (1, 12, 22, "C .", "c .")]
@@ -167,8 +175,9 @@ def save(data, folder):
         rows["label"] = [-1] * len(examples) if examples.labels is None else examples.labels.tolist()
         if name == "mnli" and split in ("validation", "test"):
             split += "_matched"
-        if split != "diagnostic":
-            splits[split] = datasets.Dataset.from_dict(rows, features)
+        splits[split] = datasets.Dataset.from_dict(rows, features)
+    if "diagnostic" in splits:
+        datasets.DatasetDict({"test": splits.pop("diagnostic")}).save_to_disk(folder.with_name("ax"))
     datasets.DatasetDict(splits).save_to_disk(folder)
 
 
@@ -176,14 +185,13 @@ def save(data, folder):
 def test_each_task_is_read_alike_from_a_folder_of_datasets(glue, tmp_path, name):
     data = read(name, glue)
     save(data, tmp_path / name)
-    splits = dict(data.splits)
-    splits.pop("diagnostic", None)
+    splits = data.splits
     for folder in (tmp_path, tmp_path / name):
         saved = read(name, folder)
         assert saved.task == data.task and list(saved.splits) == list(splits)
         assert [rows_of(each) for each in saved.splits.values()] == [rows_of(each) for each in splits.values()]
         assert saved.splits["test"].ids == data.splits["test"].ids
-    assert name == "mnli" or saved.fingerprint == data.fingerprint
+    assert saved.fingerprint == data.fingerprint
 
 
 def test_classes_of_datasets_are_known_by_their_names(tmp_path):
@@ -192,6 +200,9 @@ def test_classes_of_datasets_are_known_by_their_names(tmp_path):
     rows = datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1]}, features)
     datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "named")
     assert read("cola", tmp_path / "named").splits["train"].labels.tolist() == [1, 0]
+    rows = rows.cast_column("label", datasets.ClassLabel(names=["0", "1"]))
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "digits")
+    assert read("cola", tmp_path / "digits").splits["train"].labels.tolist() == [0, 1]
     rows = rows.cast_column("label", datasets.Value("int64"))
     datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "numbered")
     assert read("cola", tmp_path / "numbered").splits["train"].labels.tolist() == [0, 1]

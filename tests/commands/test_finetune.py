@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 
 import numpy as np
@@ -134,6 +136,19 @@ def test_a_fine_tuning_killed_in_the_middle_ends_as_if_it_had_not_been(finetuned
         ours, theirs = ([[line[name] for name in fields] for line in lines_of(run, kind)] for run in (killed, whole))
         assert ours == theirs
     assert_same_end(whole, killed, json.loads((whole / "result.json").read_text())["steps"])
+
+
+def test_a_best_checkpoint_that_is_damaged_is_told_before_training_goes_on(finetuned, tmp_path):
+    run_folder = shutil.copytree(finetuned / "early", tmp_path / "early") / "seed-0"
+    for name in ("DONE", "result.json"):
+        (run_folder / name).unlink()
+    states = next((run_folder / "checkpoints/step00000004").rglob("*model_states.pt"))
+    states.write_bytes(states.read_bytes()[:-1] + b"\0")
+    arguments = ["--recipe", str(finetuned / "early.yaml"), "--output", str(tmp_path)]
+    never_better = ("--optimizer.learning_rate", "1e-12", "--selection.early_stopping", "2")
+    result = run([str(BIN / "python"), str(ROOT / "pipeline/finetune.py"), *arguments, *never_better])
+    assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
+    assert re.search(r"error: .*step00000004.*damaged", result.stdout), result.stdout
 
 
 def test_an_export_of_the_best_classifies_wherever_transformers_is(finetuned, tmp_path):
