@@ -26,9 +26,9 @@ TARGETS = {"masked_lm": "masked-token", "causal_lm": "next-token", "next_sentenc
 """What a run may predict, by the prefix of its losses and accuracies; tokens' losses are judged, in nats per token."""
 
 ENTROPY = "unigram_entropy"
+"""The first line to beat, in nats per token."""
 
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
-"""The first line to beat, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ def load_run(folder: Path) -> Run:
     heldout = [record for record in records if record["kind"] == "heldout" and _token_loss(record)]
     if not train:
         raise ValueError(f"{path} holds no logged step yet: start the run, or wait for its first logged step")
+    if not heldout and any(record["kind"] == "heldout" for record in records):
+        raise ValueError(
+            f"{folder} is a fine-tuning, which is measured by its task: see {folder.parent / 'results.json'}, "
+            f"tensorboard --logdir {folder / 'tensorboard'} and python -m pipeline.eval {folder}"
+        )
     if not heldout:
         raise ValueError(
             f"{path} holds no held-out loss of tokens yet: wait for the run's first evaluation, or run it again"

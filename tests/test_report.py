@@ -138,7 +138,12 @@ def test_faults_are_one_line_without_traceback(tmp_path, capsys):
     empty.mkdir()
     untested = tmp_path / "untested"
     Metrics(untested, enabled=True, total_steps=9, progress=False).log_step(1, {"masked_lm_loss": 8.0})
+    tuned = tmp_path / "tuned/seed-0"
+    metrics = Metrics(tuned, enabled=True, total_steps=9, progress=False)
+    metrics.log_step(1, {"classification_loss": 0.7})
+    metrics.log_evaluation(1, {"classification_loss": 0.7, "accuracy": 0.5})
     faults = {
+        (tuned,): f"is a fine-tuning, which is measured by its task: see {tmp_path}/tuned/results.json",
         (tmp_path / "missing",): "there is no run in",
         (empty,): "holds no logged step yet",
         (untested,): "holds no held-out loss of tokens yet",
