@@ -129,7 +129,7 @@ class NeuronConfig:
         named = {"frequency": self.frequency} | {f"site_frequencies.{k}": v for k, v in self.site_frequencies.items()}
         for name, frequency in named.items():
             if not 0 < frequency < math.inf:
-                faults.append(f"neuron.{name} is {frequency}: it must be positive (the published value is 2)")
+                faults.append(f"neuron.{name} is {frequency}: it must be positive (the default is 1.4)")
         if not 0 <= self.momentum < 1:
             faults.append(f"neuron.momentum is {self.momentum}: it lies between 0 and below 1 (a usual value is 0.99)")
         if self.amplitude not in ("frozen", "tracked"):

@@ -166,7 +166,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How the step is computed; none of it changes what is computed, but precision."""
+    """How the step is computed; none of it but precision changes what is computed, up to the order of sums."""
 
     ds_config: str = "ds_configs/zero2.json"
     """DeepSpeed's mechanics: a JSON file with the ZeRO stage, its buckets, profilers."""

@@ -223,9 +223,13 @@ def describe(measured: Sequence[dict[str, Any]]) -> str:
     )
     timesteps = [f"T={values['num_timesteps']}" for values in measured]
     head = f"{first['model']}, {', '.join(timesteps)}, on {first['data']}: {sizes}"
-    rows = [(f"  {label}", [values[name] for values in measured]) for name, label in NAMES.items() if name in first]
-    sites = [values.get("firing_rate_by_site", {}) for values in measured]
-    rows += [(f"    {site}", [rates[site] for rates in sites]) for site in sites[0]]
+    rows = []
+    for name, label in NAMES.items():
+        if name in first:
+            rows.append((f"  {label}", [values[name] for values in measured]))
+        if name == "firing_rate":
+            sites = [values.get("firing_rate_by_site", {}) for values in measured]
+            rows += [(f"    {site}", [rates[site] for rates in sites]) for site in sites[0]]
     cells = [("", timesteps)] if len(measured) > 1 else []
     cells += [(label, [f"{value:.4f}" for value in values]) for label, values in rows]
     lines = [f"{label:<40}" + "".join(f"{cell:<12}" for cell in each) for label, each in cells]

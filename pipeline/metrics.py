@@ -159,9 +159,10 @@ class SpikeHealth:
             if step >= self._settled_at:
                 found += self._amplitude_faults(drift, is_far, stats.saturated_share, is_counted)
         found += self._tell(rate, is_counted & (rate < self.LEAST_RATE), "fires at {:.1%}: ", self._for_more_spikes)
-        return found + self._tell(
-            rate, is_counted & (rate > self.HIGHEST_RATE), "fires at {:.1%}: ", self._for_fewer_spikes
-        )
+        if step >= self._settled_at:
+            is_busy = is_counted & (rate > self.HIGHEST_RATE)
+            found += self._tell(rate, is_busy, "fires at {:.1%}: ", self._for_fewer_spikes)
+        return found
 
     def _fitting(self, stats: SpikeStats) -> Tensor:
         """The amplitudes that calibrating now would give, [sites, T]."""
@@ -176,14 +177,14 @@ class SpikeHealth:
         is_saturated = is_fit & (saturated > self.MOST_SATURATED)
         found = self._tell(saturated, is_saturated, "is saturated at {:.0%}: ", self._for_fewer_spikes)
         return found + self._tell(
-            drift, is_far, "has {:.2g} times the amplitude that fits its membrane: ", lambda site: remedy
+            drift, is_far, "has {:.2g} times the amplitude that fits its membrane: ", lambda site, t: remedy
         )
 
-    def _for_more_spikes(self, site: str) -> str:
-        return f"lower {self._frequency(site)}" if self._neuron.kind == "elastic" else self._for_lif(site, "raise")
+    def _for_more_spikes(self, site: str, t: int) -> str:
+        return f"lower {self._frequency(site)}" if self._neuron.kind == "elastic" else self._for_lif(site, t, "raise")
 
-    def _for_fewer_spikes(self, site: str) -> str:
-        return f"raise {self._frequency(site)}" if self._neuron.kind == "elastic" else self._for_lif(site, "lower")
+    def _for_fewer_spikes(self, site: str, t: int) -> str:
+        return f"raise {self._frequency(site)}" if self._neuron.kind == "elastic" else self._for_lif(site, t, "lower")
 
     def _frequency(self, site: str) -> str:
         """The field that has a site's k."""
@@ -191,19 +192,18 @@ class SpikeHealth:
         own = f"site_frequencies.{kind}" if kind in self._neuron.site_frequencies else "frequency"
         return f"model.neuron.{own}"
 
-    def _for_lif(self, site: str, way: str) -> str:
-        """Of neurons without membrane, and where there is no timestep to leak to, only the input decides."""
-        has_membrane = self._neuron.num_timesteps > 1 and not site.endswith((".key", ".value"))
+    def _for_lif(self, site: str, t: int, way: str) -> str:
+        """Of neurons without membrane, and at the first timestep, to which nothing leaks, only the input decides."""
+        has_membrane = t > 0 and not site.endswith((".key", ".value"))
         return f"{way} model.neuron.leak" if has_membrane else "set model.neuron.kind elastic, which follows its input"
 
-    def _tell(self, values: Tensor, is_ill: Tensor, text: str, remedy: Callable[[str], str]) -> list[str]:
+    def _tell(self, values: Tensor, is_ill: Tensor, text: str, remedy: Callable[[str, int], str]) -> list[str]:
         """`text`, filled in, for each site that is ill at some timestep and of which it has not been told."""
         lines = []
         for site in is_ill.any(1).nonzero().flatten().tolist():
-            name = self._site_names[site]
-            if (name, told := text + remedy(name)) not in self._told:
+            name, t = self._site_names[site], int(is_ill[site].nonzero()[0])
+            if (name, told := text + remedy(name, t)) not in self._told:
                 self._told.add((name, told))
-                t = int(is_ill[site].nonzero()[0])
                 lines.append(f"{name}, timestep {t + 1}, {told.format(float(values[site, t]))}, in a new run (--name)")
         return lines
 

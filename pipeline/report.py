@@ -68,9 +68,9 @@ class Run:
 
 def load_run(folder: Path) -> Run:
     """Raises ValueError, with what to do, where the folder holds no run or the run has measured nothing yet."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no run in {folder}: give the folder of a run, as runs/demo")
     path = folder / METRICS_FILE
+    if not path.exists() and not (folder / "recipe.yaml").exists():
+        raise ValueError(f"there is no run in {folder}: give the folder of a run, as runs/demo")
     records = read_metrics(path) if path.exists() else []
     train = [record for record in records if record["kind"] == "train"]
     heldout = [record for record in records if record["kind"] == "heldout" and _token_loss(record)]
@@ -140,7 +140,7 @@ def _loss_lines(run: Run, twin: Run | None) -> list[str]:
         _to_beat("unigram entropy of the same targets", last[ENTROPY], last[loss]),
     ]
     if twin is not None:
-        lines.append(_to_beat(f"twin with no layers, step {twin.last_step}", twin.heldout[-1][loss], last[loss]))
+        lines.append(_to_beat(f"{twin.folder.name}, step {twin.last_step}", twin.heldout[-1][loss], last[loss]))
         if twin.last_step != run.last_step or not twin.finished:
             lines.append(f"    the twin stands at step {twin.last_step}: train both equally long before judging")
     for name in TARGETS:
@@ -248,8 +248,10 @@ def _draw_losses(axes: Any, run: Run, twin: Run | None) -> None:
     if twin is not None:
         color = "tab:orange"
         steps, losses = _curve(twin.heldout, run.loss)
-        axes.plot(steps, losses, color=color, marker="s", markersize=3, linewidth=1, label="twin, no layers:\nheld-out")
-        axes.axhline(losses[-1], color=color, linestyle="--", linewidth=1.2, label=f"twin's last\n{losses[-1]:.3f}")
+        axes.plot(
+            steps, losses, color=color, marker="s", markersize=3, linewidth=1, label=f"{twin.folder.name}:\nheld-out"
+        )
+        axes.axhline(losses[-1], color=color, linestyle="--", linewidth=1.2, label=f"its last\n{losses[-1]:.3f}")
     _finish_axes(axes, f"{run.folder.name}: {_named(run.loss)}", "loss (nat/token)")
 
 
@@ -280,7 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 where there is nothing to report."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run_dir", type=Path, help="folder of the run, as runs/demo")
-    parser.add_argument("--compare", type=Path, metavar="TWIN_DIR", help="folder of the twin with no layers")
+    parser.add_argument(
+        "--compare", type=Path, metavar="TWIN_DIR", help="folder of a run beside it, such as the twin with no layers"
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: report(options.run_dir, options.compare))
 

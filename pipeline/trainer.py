@@ -245,10 +245,12 @@ class Trainer:
         named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         neuron = self.stack.config.neuron
         explodes = neuron.kind == "elastic" and neuron.reset == "released"
-        reset = ", or set model.neuron.reset normalized" if explodes else ""
+        remedies = ["lower optimizer.learning_rate"]
+        remedies += [] if self.config.optimizer.clip_norm else ["set optimizer.clip_norm"]
+        remedies += ["set model.neuron.reset normalized"] if explodes else []
         raise NonFiniteError(
             f"the {what} of step {step} is not finite ({named}). Nothing of this step is saved; its samples stand in "
-            f"{path}. In a new run (--name), lower optimizer.learning_rate, set optimizer.clip_norm{reset}"
+            f"{path}. In a new run (--name), {' or '.join(remedies)}"
         )
 
     def _step_values(self, result: StepResult) -> dict[str, float | dict[str, float]]:

@@ -46,7 +46,7 @@ def test_the_recovered_share_is_between_no_layers_and_the_twin():
     table = describe(runs, {"machine": "this", "relative": {LIF: 3.456}})
     (row,) = [line.split(" | ") for line in table.splitlines() if LIF in line]
     assert row[:4] == [f"| {LIF}", "2", "3.625 ± 0.177", "62.5 ± 17.7"] and row[-1] == "3.46 |"
-    assert table.endswith("CPU time: this.\n")
+    assert table.endswith("CPU time a token, as a multiple of the twin's: this.\n")
 
 
 def test_losses_on_other_rows_than_the_last_are_not_in_the_table():

@@ -43,7 +43,7 @@ def test_the_table_gives_losses_lines_to_beat_rates_and_speed(tmp_path, capsys):
     assert text.startswith(f"{run}: finished, at step 20\n")
     assert line_of(text, "masked-token loss (nat/token)") == ["8.0000", "5.0000"]
     assert line_of(text, "unigram entropy of the same targets") == ["6.0000", "below", "by", "1.0000"]
-    assert line_of(text, "twin with no layers, step 20") == ["5.5000", "below", "by", "0.5000"]
+    assert line_of(text, "twin, step 20") == ["5.5000", "below", "by", "0.5000"]
     assert line_of(text, "masked-token accuracy") == ["0.0%", "25.0%"]
     assert line_of(text, "firing rate, mean over sites") == ["0.200", "0.220"]
     assert line_of(text, "lowest to highest site") == ["0.100", "to", "0.300"] * 2
@@ -58,7 +58,7 @@ def test_a_loss_that_is_not_below_a_line_is_called_so(tmp_path, capsys, loss):
     twin = write_run(tmp_path / "twin", 5.5, spiking=False)
     report.main([str(run), "--compare", str(twin)])
     text = capsys.readouterr().out
-    assert "NOT" in line_of(text, "twin with no layers, step 20")
+    assert "NOT" in line_of(text, "twin, step 20")
     assert ("NOT" in line_of(text, "unigram entropy of the same targets")) == (loss != 5.5)
 
 
@@ -125,8 +125,8 @@ def test_the_plot_holds_curves_lines_to_beat_and_firing_rates(tmp_path, monkeypa
         "training": 5.0,
         "held-out": 5.0,
         "unigram entropy 6.000": 6.0,
-        "twin, no layers: held-out": 5.5,
-        "twin's last 5.500": 5.5,
+        "twin: held-out": 5.5,
+        "its last 5.500": 5.5,
     }
     assert {line.get_label() for line in rates.get_lines()} == {"qkv", "mlp up", "mean"}
     assert "nat/token" in losses.get_ylabel() and "step" in rates.get_xlabel()
@@ -145,7 +145,7 @@ def test_faults_are_one_line_without_traceback(tmp_path, capsys):
     faults = {
         (tuned,): f"is a fine-tuning, which is measured by its task: see {tmp_path}/tuned/results.json",
         (tmp_path / "missing",): "there is no run in",
-        (empty,): "holds no logged step yet",
+        (empty,): "there is no run in",
         (untested,): "holds no held-out loss of tokens yet",
         (write_run(tmp_path / "a", 5.0), "--compare", write_run(tmp_path / "b", 5.0, entropy=6.5)): "on other targets",
     }

@@ -84,7 +84,7 @@ def describe(runs: Runs, times: Mapping[str, Any]) -> str:
         )
     lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *rows]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-    return f"{text}\nCPU time: {times['machine']}.\n" if times else text
+    return f"{text}\nCPU time a token, as a multiple of the twin's: {times['machine']}.\n" if times else text
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
