@@ -24,13 +24,16 @@ def cpu_seconds(variants: Mapping[str, Callable[[], object]], rounds: int) -> di
 
 
 def seconds(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """As cpu_seconds; on a GPU it is the time that passes until the device has done all."""
+    """As cpu_seconds; on a GPU it is the time that passes until the device has done all.
+
+    Every other round goes backwards: a variant pays for the memory and caches that the one before it leaves.
+    """
     clock = time.process_time if device.type == "cpu" else _device_time
     for run in variants.values():
         run()
     taken: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
+    for turn in range(rounds):
+        for name, run in list(variants.items())[:: -1 if turn % 2 else 1]:
             start = clock()
             run()
             taken[name].append(clock() - start)
