@@ -22,6 +22,7 @@ from models.config import SpikeLMConfig, preset
 from models.layers import SITES, SpikeBlock
 from models.spike_ops import resolve_backend
 from models.stack import build_block
+from pipeline.engine import keep_heap
 from pipeline.tracing import LiveBytes
 from tests.bench.tables import format_table, machine, median_and_spread, ratio_and_spread, record, seconds
 from tests.tiny import fire_plainly, project_by_fire
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all variants, print one table, and with --record keep the raw figures."""
     options = _parse(arguments)
     torch.manual_seed(0)
+    keep_heap()  # as training does
     device = torch.device(options.device)
     dropout = {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     config = preset(options.preset, neuron={"num_timesteps": options.timesteps}, **dropout)

@@ -25,6 +25,7 @@ from models.amplitudes import SpikeStats, calibrate_amplitudes, update_amplitude
 from models.config import SpikeLMConfig, preset
 from models.modeling import SpikeLMForMaskedLM
 from pipeline.config import EngineSettings
+from pipeline.engine import keep_heap
 from tests.bench.tables import format_table, machine, median_and_spread, ratio_and_spread, record, seconds
 
 MASKED = 0.15
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all variants, print one table, and with --record keep the raw figures."""
     options = _parse(arguments)
     torch.manual_seed(0)
+    keep_heap()  # as training does
     device, dtype = torch.device(options.device), {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     config = preset(
         options.preset,
