@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from pipeline.launched import has_ended, leave_code, speaks_without_rank_0, tell_once, told_by_launcher
-from pipeline.stopping import StopRequest
+from pipeline.stopping import JOB_FOLDER, StopRequest
 
 Result = TypeVar("Result")
 
@@ -214,7 +214,9 @@ def end_early(stop: StopRequest) -> NoReturn:
     rank = told_by_launcher("RANK")
     if rank == 1:
         _wait_until(has_ended, ANSWER_SECONDS)
-    if rank in (0, 1) and not has_ended():
+    # Without launch/pretrain.sh nobody knows whether the one that died has spoken; DeepSpeed names its exit code.
+    is_known = not stop.is_bereaved or JOB_FOLDER in os.environ
+    if is_known and rank in (0, 1) and not has_ended():
         _tell(Stopped(words))
     leave(PROCESS_LOST if stop.is_bereaved else STOPPED)
 

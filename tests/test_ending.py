@@ -294,6 +294,14 @@ def test_before_training_rank_1_speaks_where_rank_0_has_not(tmp_path, is_bereave
     assert output.read_text() == "" and (tmp_path / "exit_code").read_text() == f"{code}\n"
 
 
+def test_without_a_folder_to_look_into_a_rank_says_nothing_of_the_dead(tmp_path):
+    output = tmp_path / "output.txt"
+    assert exit_code(end_early_alone, output, {"RANK": "1"}, True) == ending.PROCESS_LOST
+    assert output.read_text() == ""
+    assert exit_code(end_early_alone, output, {"RANK": "1"}, False) == ending.STOPPED
+    assert output.read_text().startswith("stopped by SIGTERM before training began")
+
+
 def test_last_words_that_nobody_reads_change_no_exit_code():
     assert exit_code(end_alone, None, {}) == ending.BAD_INPUT
 
