@@ -93,16 +93,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TokenEncoder:
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = word_rules(state)
-    if rules is None:
-        return _encoder_of(state)
-    return WordEncoder((_encoder_of if rules.plain else _model_of)(rules.state), rules)
-
-
-def _model_of(state: dict[str, Any]) -> TokenEncoder:
-    """For single words, without splitting: in half the time of `_encoder_of`."""
-    backend = Tokenizer.from_str(json.dumps(state))
-    normalize, split = backend.normalizer.normalize_str, backend.model.tokenize
-    return lambda words: [[token.id for token in split(normalize(word))] for word in words]
+    return _encoder_of(state) if rules is None else WordEncoder(_encoder_of(rules.state), rules)
 
 
 def _encoder_of(state: dict[str, Any]) -> TokenEncoder:
