@@ -139,7 +139,8 @@ def load_settings(
             values = json.dumps([_value(tree, known[name]) for name in rule.fields], default=str)
             faults.extend(rule.faults(*json.loads(values)))  # in the types that were checked
     if faults:
-        raise ConfigError(faults, recipe or "the command line")
+        sources = [recipe] if recipe else []
+        raise ConfigError(faults, " and ".join([*sources, *(["the command line"] if overrides or not recipe else [])]))
     return settings
 
 
@@ -331,12 +332,17 @@ def _validate(settings_type: type[Settings], tree: dict[str, Any]) -> tuple[Sett
         # Strict JSON takes lists for tuples and mappings for dataclasses, yet no text for a number and no 1 for true.
         settings = _adapter(settings_type).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        details = {".".join(map(str, detail["loc"])): detail for detail in error.errors()}
+        details = {_place(detail["loc"]): detail for detail in error.errors()}
         return None, {name: _describe(name, detail, known) for name, detail in details.items()} | faults
     except OSError as error:  # of a type that looks for its file; what else is wrong is told when this is mended
         name = next((name for name, value in tree.items() if str(error.filename) in str(value)), "recipe")
         raise ConfigError([f"{name}: {error.filename}: {error.strerror}: name another"], "the settings") from None
     return (None if faults else settings), faults
+
+
+def _place(parts: Sequence[str | int]) -> str:
+    """The dotted name; a key that is at fault is named itself, where pydantic adds a word."""
+    return ".".join(str(part) for part in parts if part != "[key]")
 
 
 def _writable(

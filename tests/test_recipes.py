@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import yaml
@@ -146,6 +147,22 @@ def test_a_value_that_no_json_holds_hides_no_other_fault(tmp_path):
     (tmp_path / "odd.yaml").write_text("sizes: &a [*a]\nshare: 2\n")
     faults = faults_of(f"--recipe={tmp_path / 'odd.yaml'}")
     assert sorted(fault.partition(":")[0] for fault in faults) == ["input", "share", "sizes"]
+
+
+def test_an_unknown_key_is_named_itself_and_so_is_all_that_was_read(recipe):
+    @strict
+    @dataclass(frozen=True)
+    class Weighed:
+        weights: dict[Literal["left", "right"], float]
+        """Of each side."""
+
+    with pytest.raises(ConfigError) as error:
+        load_settings(Weighed, ["--weights.rihgt", "2"], "weigh")
+    assert str(error.value) == "1 fault in the command line:\n  weights.rihgt: 'rihgt' should be 'left' or 'right'"
+    with pytest.raises(ConfigError, match="faults in .*recipe.yaml and the command line:"):
+        load(recipe, "--share", "2", "--sizes", "a")
+    with pytest.raises(ConfigError, match="faults in .*recipe.yaml:"):
+        load_settings(Weighed, [recipe], "weigh")
 
 
 def test_bytes_that_are_no_text_are_a_fault_of_their_argument():

@@ -287,7 +287,7 @@ def test_all_faults_are_told_together(tmp_path, capsys):
     recipe.write_text("input: [none.txt]\nrow_lenth: 64\nrow_length: '64'\nheldout_fraction: 2\ntokenizer: nowhere\n")
     assert build_shards.main(["--recipe", str(recipe), "--seed=-1", "--foo=3", "--output"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: 9 faults in {recipe}:\n")
+    assert error.startswith(f"error: 9 faults in {recipe} and the command line:\n")
     for fault in [
         "output: has no value: write --output VALUE",
         "foo: unknown field, with value 3: a recipe has input, tokenizer, output",
