@@ -117,7 +117,7 @@ def _train_seed(run: TaskRun, material: Material, world: World, stop: StopReques
         seed_dropout(run.seed, world.rank)
         if checkpoint:
             checkpointer.load(engine, checkpoint)
-        metrics = open_metrics(run, engine, world, folder.path, state.step if checkpoint else None)
+        metrics = open_metrics(run, engine, world, folder.path, state if checkpoint else None)
         if world.is_main:
             folder.save_recipe()
             where = f"resuming from {checkpoint}" if checkpoint else "starting afresh"

@@ -23,6 +23,7 @@ from data_prep.files import atomic_file, write_json
 
 if TYPE_CHECKING:  # reading a run's metrics stays light
     from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
 
     from models.amplitudes import SpikeStats
     from models.config import NeuronConfig
@@ -272,6 +273,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         elif number < len(lines):
             raise ValueError(f"{path}, line {number}: not a record of metrics; remove the line, or restore the file")
     return records
+
+
+def cut_tensorboard(writer: SummaryWriter, samples: int) -> None:
+    """Have TensorBoard forget what earlier processes wrote of the samples from this number on: they come again."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=samples)
 
 
 def _cut_after(path: Path, step: int | None) -> None:

@@ -43,7 +43,7 @@ def pretrain(config: RunConfig, stop: StopRequest) -> int:
         seed_dropout(config.seed, world.rank)
         if checkpoint:
             checkpointer.load(engine, checkpoint)
-        metrics = open_metrics(config, engine, world, folder.path, state.step if checkpoint else None)
+        metrics = open_metrics(config, engine, world, folder.path, state if checkpoint else None)
         if world.is_main:
             folder.save_recipe()
             _say_start(config.name, checkpoint, world.size, world.device.type, remarks)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_prep.files import is_path
 from data_prep.recipes import Rule
-from models.config import PRESETS, SpikeLMConfig, preset
+from models.config import NEURON_PRESETS, PRESETS, NeuronConfig, SpikeLMConfig, preset
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "training.global_batch_size",
@@ -53,6 +53,8 @@ MECHANICS = (
 )
 """Keys that a ds_config may hold. DeepSpeed itself passes over a key that it does not know without a word."""
 
+OF_ELASTIC = ("frequency", "site_frequencies", "amplitude", "momentum", "reset")
+"""Fields of neurons that elastic ones alone have."""
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 """Of a saved model in one file, or in many."""
@@ -193,6 +195,19 @@ def _spike_faults(kind: str, recompute_hidden: bool, backend: str) -> Iterator[s
             )
 
 
+def idle_neuron_faults(kind: str, given: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that neurons of this kind do not have. A preset's as a whole may stand: a recipe serves every kind."""
+    given = {name: given[name] for name in OF_ELASTIC if given.get(name) not in (None, getattr(NeuronConfig, name))}
+    presets = [{name: table[name] for name in OF_ELASTIC if table.get(name)} for table in NEURON_PRESETS.values()]
+    if kind == "elastic" or {name: value for name, value in given.items() if value} in presets:
+        return
+    for name, value in given.items():
+        yield (
+            f"model.neuron.{name}: {value!r} has no effect with model.neuron.kind {kind}: elastic neurons alone have "
+            "it; leave it out, or set it to null"
+        )
+
+
 def penalty_faults(kind: str, overrides: Mapping[str, Any], firing_penalty: float) -> Iterator[str]:
     """What speaks against training the firing rate of such neurons, in a model with such overrides."""
     effect = f"training.firing_penalty: {firing_penalty} has no effect"
@@ -269,6 +284,10 @@ RULES = (
     Rule(("engine.ds_config",), _ds_config_faults),
     Rule(("engine.checkpointing", "engine.checkpointing_timesteps"), _checkpointing_faults),
     Rule(("model.neuron.kind", "engine.recompute_hidden", "engine.spike_backend"), _spike_faults),
+    Rule(
+        ("model.neuron.kind", *(f"model.neuron.{name}" for name in OF_ELASTIC)),
+        lambda kind, *values: idle_neuron_faults(kind, dict(zip(OF_ELASTIC, values, strict=True))),
+    ),
     Rule(("model.neuron.kind", "model.overrides", "training.firing_penalty"), penalty_faults),
     Rule(("training.global_batch_size", "training.micro_batch_size"), _batch_faults),
     Rule(

@@ -17,7 +17,7 @@ from models.modeling import SpikeLMForSequenceClassification, SpikeLMPreTrainedM
 from pipeline.engine import seed_weights
 from pipeline.finetune_config import StartSettings, TaskRun
 from pipeline.model import MODEL_FOLDER, draw_weights, open_model, set_execution
-from pipeline.rules import penalty_faults
+from pipeline.rules import idle_neuron_faults, penalty_faults
 from pipeline.tasks import Task
 from pipeline.world import World
 
@@ -68,6 +68,8 @@ def open_start(settings: StartSettings) -> Start:
         )
     if not SpikeLMForSequenceClassification.fits(config):
         raise ValueError(f"model.preset {settings.preset} is a decoder: tasks are learned by encoders; name one")
+    for fault in idle_neuron_faults(config.neuron.kind, settings.neuron):
+        raise ValueError(fault)
     return Start(config, tokenizer, model, None if model is None else _fingerprint(model))
 
 

@@ -16,7 +16,7 @@ from pipeline.ending import NonFiniteError
 from pipeline.engine import DeepSpeedEngine, set_batch_sizes
 from pipeline.evaluation import firing_values, tally_batches
 from pipeline.loader import Batch
-from pipeline.metrics import Metrics, SpikeHealth, Throughput, peak_memory_bytes
+from pipeline.metrics import Metrics, SpikeHealth, Throughput, cut_tensorboard, peak_memory_bytes
 from pipeline.objectives import count_targets, loss_sums
 from pipeline.phases import phase_of, phases_of
 from pipeline.stopping import StopRequest
@@ -36,8 +36,10 @@ class StepResult:
     gradient_norm: float
 
 
-def open_metrics(config: RunConfig, engine: DeepSpeedEngine, world: World, folder: Path, step: int | None) -> Metrics:
-    """The metrics of the run in `folder`, which goes on from `step`; None: begins, and drops what is there."""
+def open_metrics(
+    config: RunConfig, engine: DeepSpeedEngine, world: World, folder: Path, state: TrainState | None
+) -> Metrics:
+    """The metrics of the run in `folder`, which goes on from `state`; None: begins, and drops what is there."""
     metrics = Metrics(
         folder,
         enabled=world.is_main,
@@ -45,7 +47,9 @@ def open_metrics(config: RunConfig, engine: DeepSpeedEngine, world: World, folde
         progress=config.logging.progress,
         monitor=engine.monitor if config.logging.tensorboard else None,
     )
-    metrics.cut_after(step)
+    metrics.cut_after(state.step if state else None)
+    if world.is_main and config.logging.tensorboard:
+        cut_tensorboard(engine.monitor.tb_monitor.summary_writer, state.samples_consumed + 1 if state else 0)
     return metrics
 
 

@@ -38,7 +38,7 @@ SHARED_BY_DATA_PREP = {
 DEEPSPEED_MODULES = {"pipeline.engine", "pipeline.checkpoint"}
 MPI_MODULES = {"data_prep.ranks"}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-REQUIRED_BY_OTHERS = {"ninja", "protobuf", "tensorboard"}  # DeepSpeed's operators and monitor, sentencepiece's models
+REQUIRED_BY_OTHERS = {"ninja", "protobuf"}  # DeepSpeed's operators, sentencepiece's models
 HEAVY_MODULES = ("deepspeed", "triton", "mpi4py", "datasets")
 
 

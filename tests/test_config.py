@@ -23,12 +23,9 @@ from data_prep.recipes import (
 from pipeline.config import (
     RunConfig,
     accumulation_steps,
-    build_ds_config,
     differences,
     is_decoder,
     load_run_config,
-    offloads_optimizer,
-    zero_stage,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +142,14 @@ def test_values_are_written_as_in_yaml(load):
     assert (config.model.neuron.kind, config.model.neuron.leak) == ("lif", 0.5)
 
 
+@pytest.mark.parametrize("preset", ["decoder", "released"])
+def test_the_neurons_of_a_preset_may_be_of_another_kind(load, preset):
+    whole = settings_to_dict(load("--model.neuron.preset", preset))["model"]["neuron"]
+    for neuron in ({"preset": preset}, {**whole, "leak": None}):
+        assert load("--model.neuron", json.dumps({**neuron, "kind": "lif"})).model.neuron.kind == "lif"
+    assert "reset" in faults_of(load, "--model.neuron", "{preset: decoder, reset: released, kind: lif}")[0]
+
+
 def test_all_faults_are_told_at_once(load, tmp_path):
     (tmp_path / "ds.json").write_text(
         json.dumps({"zero_optimization": {"stage": 0}, "train_batch_size": 4, "zero_optimisation": 1})
@@ -222,6 +227,11 @@ FAULTS = [
         ["--model.neuron.kind", "none", "--engine.recompute_hidden", "true"],
         "engine.recompute_hidden: True has no effect with model.neuron.kind none",
     ),
+    (
+        ["--model.neuron", "{kind: lif, frequency: 2.0, momentum: 0.99}"],
+        "model.neuron.frequency: 2.0 has no effect with model.neuron.kind lif",
+    ),
+    (["--model.neuron", "{kind: none, momentum: 0.5}"], "model.neuron.momentum: 0.5 has no effect with model.neuron"),
     (["--engine.spike_backend", "cuda"], "engine.spike_backend: 'cuda' should be 'auto', 'torch', 'cpp' or 'triton'"),
     (["--training.stop_after_step", "11"], "training.stop_after_step: 11 comes after"),
     (["--resume", "nowhere"], "resume: 'nowhere' is neither auto nor never"),
@@ -288,35 +298,6 @@ def test_broken_files(load, text, expected):
 def test_missing_file():
     with pytest.raises(ConfigError, match="recipe: nowhere.yaml cannot be read: No such file or directory"):
         load_run_config(["--recipe", "nowhere.yaml"])
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("[]", "holds no JSON object"),
-        ("{", "cannot be read: "),
-        ('{"zero_optimization": {"stage": 4}}', "stage 4: use 1, 2 or 3"),
-        ('{"zero_optimization": 2}', "stage None: use 1, 2 or 3"),
-        ('{"zero_optimization": {"stage": true}}', "stage True: use 1, 2 or 3"),
-        ("[" * 100_000, "cannot be read: "),
-        (
-            '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
-            'offload_optimizer "cpu", which is no object',
-        ),
-        (
-            '{"zero_optimization": {"stage": 2}, "activation_checkpointing": {"partition_activations": true}}',
-            "sets activation_checkpointing, which cannot serve here: DeepSpeed's own checkpointing is reentrant and "
-            "reduces a gradient twice where one weight serves several timesteps, and its partition_activations "
-            "empties the input of a layer that the residual still needs: set engine.checkpointing",
-        ),
-        ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "which engine.precision decides"),
-    ],
-)
-def test_ds_configs_that_are_refused(load, tmp_path, content, expected):
-    path = tmp_path / "ds.json"
-    path.write_text(content)
-    (fault,) = faults_of(load, "--engine.ds_config", str(path))
-    assert expected in fault
 
 
 def test_help_explains_every_field(capsys):
@@ -448,43 +429,6 @@ def test_accumulation_by_world_size(load):
         accumulation_steps(config, 3)
     with pytest.raises(ValueError, match="2 x 5 processes = 10: use a global batch of 10,"):
         accumulation_steps(config, 5)
-
-
-@pytest.mark.parametrize(
-    ("zero", "offloads"),
-    [
-        ({}, False),
-        ({"offload_optimizer": {"device": "none"}}, False),
-        ({"offload_optimizer": {"device": "cpu"}}, True),
-        ({"offload_param": {"device": "cpu"}}, False),
-    ],
-)
-def test_who_updates_the_weights_depends_on_where_the_optimizer_rests(load, tmp_path, zero, offloads):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}))
-    assert offloads_optimizer(load("--engine.ds_config", str(path))) == offloads
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
-def test_shipped_ds_configs_are_what_their_names_say(load, path):
-    config = load("--engine.ds_config", str(path))
-    assert path.stem.startswith(f"zero{zero_stage(config)}")
-    assert offloads_optimizer(config) == path.stem.endswith("_offload")
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ds_config_gets_what_the_recipe_owns(load, stage):
-    path = ROOT / f"ds_configs/zero{stage}.json"
-    config = load("--engine.ds_config", str(path), "--engine.precision", "bf16", "--optimizer.clip_norm", "0.5")
-    ds_config = build_ds_config(config, 2, Path("runs/toy"))
-    assert zero_stage(config) == stage
-    assert ds_config["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
-    assert ds_config["train_batch_size"] == 8 == 2 * 2 * ds_config["gradient_accumulation_steps"]
-    assert ds_config["train_micro_batch_size_per_gpu"] == 2
-    assert ds_config["gradient_clipping"] == 0.5
-    assert ds_config["bf16"] == {"enabled": True}
-    assert ds_config["tensorboard"] == {"enabled": True, "output_path": "runs/toy", "job_name": "tensorboard"}
-    assert build_ds_config(load(), 1, Path("r"))["bf16"] == {"enabled": False}
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)

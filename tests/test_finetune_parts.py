@@ -148,6 +148,8 @@ def test_fewer_timesteps_keep_the_first_amplitudes_and_other_neurons_none(recipe
         open_start(StartSettings(start=str(trained), neuron={"preset": "publishd"}))
     with pytest.raises(ValueError, match="model.neuron.num_timesteps is 0"):
         open_start(StartSettings(start=str(trained), neuron={"num_timesteps": 0}))
+    with pytest.raises(ValueError, match="model.neuron.frequency: 1.5 has no effect with model.neuron.kind lif"):
+        open_start(StartSettings(start=str(trained), neuron={"kind": "lif", "frequency": 1.5}))
 
 
 def test_a_penalty_on_what_has_no_gradient_is_refused(trained):

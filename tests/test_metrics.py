@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from models.amplitudes import SpikeStats
 from models.config import NeuronConfig
 from pipeline import metrics
-from pipeline.metrics import Metrics, SpikeHealth, Throughput, peak_memory_bytes, read_metrics
+from pipeline.metrics import Metrics, SpikeHealth, Throughput, cut_tensorboard, peak_memory_bytes, read_metrics
 
 
 class RecordedStream(io.StringIO):
@@ -91,6 +93,19 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert read_metrics(log.path)[-1]["loss"] == 40.0
     assert "NaN" not in log.path.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(("begins_at", "shown"), [(21, [10, 20, 30]), (0, [30])])
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path, begins_at, shown):
+    for samples in ((10, 20, 30, 40), (30,)):
+        with SummaryWriter(tmp_path) as writer:
+            if samples == (30,):
+                cut_tensorboard(writer, begins_at)
+            for each in samples:
+                writer.add_scalar("train/loss", float(each), each)
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [event.step for event in read.Scalars("train/loss")] == shown
 
 
 def test_a_fresh_start_drops_what_an_earlier_one_left_and_needs_no_file(tmp_path):
