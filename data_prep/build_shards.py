@@ -21,12 +21,13 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.build_job import Job, KeysOf
 from data_prep.build_report import REPORT_NAME, write_report
+from data_prep.documents import SourceError
 from data_prep.duplicates import words_key
 from data_prep.files import read_record, sync_tree
 from data_prep.filters import QualityRules, Steps, StepSettings
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, SourceCounts, UnitRecord
 from data_prep.near_duplicates import BandKeys, NearDuplicateSettings
-from data_prep.origin import Inputs, Origin, hash_source, record_input
+from data_prep.origin import Inputs, Origin, changed_files, file_stamps, hash_source, record_input
 from data_prep.packing import CausalLayout, PairLayout, RowLayout
 from data_prep.ranks import Ranks, run_ranks
 from data_prep.recipes import BelowOne, FolderName, Rule, Share, load_settings, strict
@@ -43,7 +44,7 @@ from data_prep.tokenization import (
     vocabulary_size,
 )
 from data_prep.units import Step, UnitBuilder
-from data_prep.work_folder import WORK_FOLDER, is_built, only_job, prepare
+from data_prep.work_folder import WORK_FOLDER, is_built, only_job, prepare, start_over
 
 UNITS = 1024
 UNIT_MEGABYTES = (8, 512)
@@ -168,6 +169,7 @@ def build(settings: BuildSettings, ranks: Ranks) -> None:
     """Build what is not built yet, unit by unit, then the indexes, then the manifest. Collective."""
     root = Path(settings.output)
     tokenizer = ranks.agree(lambda: load_tokenizer(settings.tokenizer))
+    stamps = ranks.agree(lambda: file_stamps(settings.input) if ranks.is_first else {})
     hashes = hash_inputs(settings.input, ranks)
     plan = ranks.agree(lambda: make_plan(settings, tokenizer, hashes))
     builder = ranks.agree(lambda: unit_builder(settings, tokenizer, plan))
@@ -186,6 +188,7 @@ def build(settings: BuildSettings, ranks: Ranks) -> None:
         job = Job(root, ranks, units, steps, comparisons_of(settings), settings.on_error == "skip")
         job.find_repeats(bytes_of(settings.deduplicate_megabytes))
         records, tokens = job.build(builder)
+        ranks.agree(lambda: refuse_changed(settings, stamps, hashes) if ranks.is_first else None)
         manifest = ranks.agree(lambda: finish(root, plan, records, inputs, tokenizer) if ranks.is_first else None)
         if manifest is not None:
             print_summary(root, manifest, tokens, time.monotonic() - started)
@@ -347,6 +350,17 @@ def _pair_layout(settings: BuildSettings, tokenizer: PreTrainedTokenizerFast) ->
 
 
 # The end
+
+
+def refuse_changed(settings: BuildSettings, stamps: Mapping[str, tuple[int, int]], hashes: Mapping[str, str]) -> None:
+    """Raises SourceError where an input is not any more what it was when the job began to read."""
+    if changed := changed_files(settings.input, stamps, hashes):
+        start_over(Path(settings.output))
+        others = f", as did {len(changed) - 1} more" if changed[1:] else ""
+        raise SourceError(
+            f"{changed[0]}: changed while it was being read{others}: when all is at rest give the same command, which "
+            "begins anew"
+        )
 
 
 def finish(

@@ -1,6 +1,6 @@
 """What something was made of: the settings that decided it and the contents of its inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
@@ -59,6 +59,19 @@ def hash_source(file: Path) -> str:
         return hash_file(file)
     except OSError as error:
         raise SourceError(f"{file}: {error.strerror or error}: make it readable, or leave it out") from None
+
+
+def file_stamps(names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Size in bytes and time of the last change, in ns, of every file of inputs. Raises SourceError as input_files."""
+    stats = {str(file): file.stat() for name in names for file in input_files(name)}
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+
+
+def changed_files(names: Sequence[str], stamps: Mapping[str, tuple[int, int]], hashes: Mapping[str, str]) -> list[str]:
+    """Files of inputs whose content is not what it was when they had these stamps and hashes, or that came or went."""
+    now = file_stamps(names)
+    suspects = sorted(file for file in now.keys() | stamps.keys() if now.get(file) != stamps.get(file))
+    return [file for file in suspects if file not in now or hash_source(Path(file)) != hashes.get(file)]
 
 
 def record_input(name: str, hash_of: Callable[[Path], str] = hash_source) -> InputRecord:

@@ -318,9 +318,11 @@ class ShardReader:
         return sum(array.nbytes for array in (*runs, *self._offsets.values()))
 
     @property
-    def rows_per_shard(self) -> int:
-        """Rows of the largest shard; 0 where there is none."""
-        return int(np.bincount(self._shard_of_run, np.diff(self._first_row)).max(initial=0))
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Rows of each shard that has some, in the order of the rows."""
+        rows = np.zeros(len(self._files), np.int64)
+        np.add.at(rows, self._shard_of_run, np.diff(self._first_row))
+        return tuple(rows[rows > 0].tolist())
 
     def close(self) -> None:
         """Close the open shards; reading opens them again."""

@@ -70,9 +70,9 @@ class WordEncoder:
             self._ids.clear()
         words = [self._words_of(text) if text else [] for text in texts]
         new = set(chain.from_iterable(words)).difference(self._ids)
-        self._learn(new)
+        learned = self._learn(new)
         found = [b"".join(map(self._ids.__getitem__, each)) for each in words]
-        for word in new:
+        for word in learned:
             if len(word) > LONGEST_WORD:
                 del self._ids[word]
         return [np.frombuffer(each, np.uint32).tolist() for each in found]
@@ -86,14 +86,17 @@ class WordEncoder:
             words[0] += " "
         return words
 
-    def _learn(self, words: set[str]) -> None:
+    def _learn(self, words: set[str]) -> set[str]:
+        """Encode new words. Returns all that is known since: them, and parts of them."""
         if self._rules.parts is None:
             self._ids.update(self._encoded(words))
-            return
+            return words
         parts = {word: self._rules.parts.split(word) for word in words}
-        self._ids.update(self._encoded(set(chain.from_iterable(parts.values())).difference(self._ids)))
+        new = set(chain.from_iterable(parts.values())).difference(self._ids)
+        self._ids.update(self._encoded(new))
         for word, each in parts.items():
             self._ids[word] = b"".join(map(self._ids.__getitem__, each))
+        return words | new
 
     def _encoded(self, words: set[str]) -> dict[str, bytes]:
         """Ids of words. A text for each would take three times as long as one text of many."""

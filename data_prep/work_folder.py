@@ -162,6 +162,11 @@ def prepare(root: Path, plan: Manifest, overwrite: bool) -> None:
     plan.save(plan_path)
 
 
+def start_over(root: Path) -> None:
+    """Have the next job drop what is built so far."""
+    (root / WORK_FOLDER / PLAN_NAME).unlink()
+
+
 def missing(root: Path, paths: Sequence[Path]) -> list[int]:
     """Numbers of those of our files that are not there. It lists the folder: over a network file system looking for a
     file that is not there would hide it for a while after another machine has made it."""

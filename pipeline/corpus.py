@@ -250,7 +250,7 @@ def _order(source: Source, settings: DataSettings, seed: int) -> OrderState:
     run, window = settings.shuffle_run or 1, settings.shuffle_window
     if (settings.shuffle_run, settings.shuffle_window) == (None, None):
         place = source.place if settings.order == "auto" else settings.order
-        run, window = run_and_window(place, source.train.rows_per_shard)
+        run, window = run_and_window(place, source.train.shard_sizes)
     return OrderState(seed, len(source.train), run=run, window=window)
 
 
@@ -327,14 +327,22 @@ def _refuse_small_cache(sources: Sequence[Source], orders: Sequence[OrderState],
     part = 0.0
     for source, order in zip(sources, orders, strict=True):
         if source.train.samples_ahead:
-            shard, window = source.train.rows_per_shard, min(order.window or order.num_samples, order.num_samples)
-            touched = min(order.num_samples, -(-window // order.run) * max(order.run, shard))
-            part += touched / source.train.samples_ahead
+            part += _rows_at_hand(order, max(source.train.shard_sizes)) / source.train.samples_ahead
     if part > 1:
         raise ValueError(
             f"data.cache_gigabytes {settings.cache_gigabytes:g} is too small for remote shards in this order: raise it "
             f"to {part * settings.cache_gigabytes * 1.01:.3g}, or set data.order remote"
         )
+
+
+def _rows_at_hand(order: OrderState, shard: int) -> int:
+    """How many rows the shards hold that a window is drawn from, where the largest has `shard` of them."""
+    window = min(order.window or order.num_samples, order.num_samples)
+    if isinstance(order.run, tuple):
+        rows = window + 2 * (shard - 1)  # a shard at either end may lie in it in part
+    else:
+        rows = -(-window // order.run) * (order.run - 1 + shard)
+    return min(rows, order.num_samples)
 
 
 def open_folders(settings: DataSettings, names: Sequence[str] | None = None) -> list[ShardFolder]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,8 +28,8 @@ class RowReader(Protocol):
     row_length: int
     """Tokens of a row."""
 
-    rows_per_shard: int
-    """Rows that lie together, in one file."""
+    shard_sizes: tuple[int, ...]
+    """Rows that lie together, in one file, for each file in turn."""
 
     samples_ahead: int
     """Rows to `fetch` before they are read, where they come from afar; else 0."""
@@ -67,7 +68,7 @@ class SplitRows:
         self.row_length = sample_length
         self._reader = reader
         self._parts = reader.row_length // sample_length
-        self.rows_per_shard = reader.rows_per_shard * self._parts
+        self.shard_sizes = tuple(size * self._parts for size in reader.shard_sizes)
         self.samples_ahead = reader.samples_ahead * self._parts
 
     def __len__(self) -> int:
@@ -91,7 +92,7 @@ class JoinedRows:
     def __init__(self, readers: Sequence[RowReader]) -> None:
         self.fingerprint = " ".join(reader.fingerprint for reader in readers)
         self.row_length = readers[0].row_length
-        self.rows_per_shard = max(reader.rows_per_shard for reader in readers)
+        self.shard_sizes = tuple(chain.from_iterable(reader.shard_sizes for reader in readers))
         self.samples_ahead = min((reader.samples_ahead for reader in readers if reader.samples_ahead), default=0)
         self._readers = readers
         self._first = np.cumsum([0, *map(len, readers)])  # of each reader, and the total
@@ -212,13 +213,18 @@ def order_identity(reader: RowReader, order: OrderState | MixtureState) -> dict[
     """What a checkpoint has to keep, beside the number of samples consumed, for the same samples to follow."""
     identity = {"fingerprint": reader.fingerprint, "num_samples": order.num_samples, "seed": order.seed}
     if isinstance(order, OrderState):
-        return {**identity, "shuffle_run": order.run, "shuffle_window": order.window}
+        return {**identity, "shuffle_run": _run_of(order), "shuffle_window": order.window}
     return {
         **identity,
         "shares": list(order.shares),
-        "shuffle_run": [source.run for source in order.sources],
+        "shuffle_run": [_run_of(source) for source in order.sources],
         "shuffle_window": [source.window for source in order.sources],
     }
+
+
+def _run_of(order: OrderState) -> int | str:
+    """The length of runs; shards are known by the fingerprint of their rows."""
+    return "shard" if isinstance(order.run, tuple) else order.run
 
 
 MOVED = " (data.order auto goes by where shards lie: set data.order, or both numbers, to what they were)"

@@ -3,13 +3,16 @@
 Position p of the endless stream belongs to epoch p // num_samples. Within an epoch, runs of `run` neighbouring samples
 are permuted over the whole epoch, then the stream is shuffled inside windows of `window` positions. Both permutations
 are computed point by point, so nothing of the size of the data set is ever held and any position is reached at once.
+Where runs are not alike, as shards are, there is a table of them for an epoch.
 
     disk      a full shuffle
     nfs       run 64, window 65,536: neighbours are read together
-    remote    run = samples of a shard, window = 8 shards: each shard is fetched once an epoch
+    remote    a run for each shard, window = 8 of the largest: each shard is fetched once an epoch
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,11 +20,14 @@ from pipeline.mixing import Choice, as_uint64, mix
 
 MAX_SAMPLES = 1 << 53  # up to here float64 counts exactly, which _bit_length relies on
 FEISTEL_ROUNDS = 4
+WINDOW_SHARDS = 8
 
 
-def run_and_window(place: str, shard_samples: int) -> tuple[int, int | None]:
-    """The order that fits where shards of so many samples lie: on disk, nfs or remote."""
-    return {"disk": (1, None), "nfs": (64, 1 << 16), "remote": (shard_samples, 8 * shard_samples)}[place]
+def run_and_window(place: str, shard_sizes: Sequence[int]) -> tuple[int | tuple[int, ...], int | None]:
+    """The order that fits where shards of so many samples lie, all there are: on disk, nfs or remote."""
+    if place == "remote":
+        return tuple(shard_sizes), WINDOW_SHARDS * max(shard_sizes)
+    return {"disk": (1, None), "nfs": (64, 1 << 16)}[place]
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class OrderState:
     position: int = 0
     """Samples consumed since the start of training, over all epochs."""
 
-    run: int = 1
-    """Neighbouring samples that stay together when the epoch is permuted."""
+    run: int | tuple[int, ...] = 1
+    """Neighbouring samples that stay together when the epoch is permuted: so many, or those of each run in turn."""
 
     window: int | None = None
     """Positions within which the permuted runs are shuffled; None: the whole epoch."""
@@ -48,8 +54,11 @@ class OrderState:
             raise ValueError(f"num_samples is {self.num_samples}: an order needs 1 to 2**53 samples")
         if self.position < 0:
             raise ValueError(f"position is {self.position}: samples consumed cannot be negative")
-        if self.run < 1 or (self.window is not None and self.window < 1):
+        runs = self.run if isinstance(self.run, tuple) else (self.run,)
+        if min(runs, default=0) < 1 or (self.window is not None and self.window < 1):
             raise ValueError(f"run is {self.run} and window is {self.window}: both must be at least 1")
+        if isinstance(self.run, tuple) and sum(runs) != self.num_samples:
+            raise ValueError(f"runs of {sum(runs)} samples, but num_samples is {self.num_samples}: give them all a run")
 
 
 def sample_ids(state: OrderState, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +107,8 @@ def _permute_runs(state: OrderState, epoch: np.ndarray, place: np.ndarray) -> np
     """The sample id at `place` of the stream of permuted runs; the last, shorter run stands at a random seam of it."""
     if state.window is None or state.window >= state.num_samples:
         return place  # one window shuffles the whole epoch: the order of runs before it adds nothing
+    if isinstance(state.run, tuple):
+        return _permute_uneven_runs(state.run, state.seed, epoch, place)
     run = np.uint64(state.run)
     runs, tail = np.divmod(np.uint64(state.num_samples), run)
     seam = mix(state.seed, Choice.TAIL_PLACE, epoch) % (runs + np.uint64(1)) * run
@@ -107,6 +118,26 @@ def _permute_runs(state: OrderState, epoch: np.ndarray, place: np.ndarray) -> np
     key = mix(state.seed, Choice.RUN_ORDER, epoch)
     number = permute(place_of_run // run, np.full_like(place, max(runs, 1)), key)
     return np.where(in_tail, runs * run + (place - seam), number * run + place_of_run % run)
+
+
+def _permute_uneven_runs(runs: tuple[int, ...], seed: int, epoch: np.ndarray, place: np.ndarray) -> np.ndarray:
+    ids = np.empty_like(place)
+    for number in np.unique(epoch):
+        chosen = epoch == number
+        first_place, first_id = _stream_of_runs(runs, seed, int(number))
+        which = np.searchsorted(first_place, place[chosen], side="right") - 1
+        ids[chosen] = place[chosen] - first_place[which] + first_id[which]
+    return ids
+
+
+@lru_cache(maxsize=64)
+def _stream_of_runs(runs: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each run, in the order of an epoch, its first place in the stream and its first sample, both uint64 [runs]."""
+    sizes = np.array(runs, np.uint64)
+    key = mix(seed, Choice.RUN_ORDER, epoch)
+    order = permute(np.arange(len(runs), dtype=np.uint64), np.full_like(sizes, len(runs)), np.full_like(sizes, key))
+    first_id = np.cumsum(sizes) - sizes
+    return np.cumsum(sizes[order]) - sizes[order], first_id[order]
 
 
 def _feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray:

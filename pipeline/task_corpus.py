@@ -36,7 +36,7 @@ class EncodedRows:
         self.arrays = dict(arrays) if labels is None else {**arrays, "labels": labels}
         self.fingerprint = fingerprint
         self.row_length = arrays["input_ids"].shape[1]
-        self.rows_per_shard = len(self)
+        self.shard_sizes = (len(self),)
 
     def __len__(self) -> int:
         return len(self.arrays["input_ids"])

@@ -38,16 +38,21 @@ def test_causal_rows_are_split_into_samples(open_for):
     [
         ((), (1, None)),
         (("--data.order", "nfs"), (64, 65_536)),
-        (("--data.order", "remote"), (4, 32)),
         (("--data.shuffle_window", "100"), (1, 100)),
         (("--data.shuffle_run", "2", "--data.shuffle_window", "100"), (2, 100)),
     ],
 )
 def test_the_order_is_that_of_a_preset_or_of_two_numbers(settings, expected, open_for):
     order = open_for("decoder-tiny", "causal", "--data.sample_length", "32", *settings).order
-    rows = open_for("decoder-tiny", "causal").train.rows_per_shard
-    run, window = expected if settings[:2] != ("--data.order", "remote") else [rows * count for count in expected]
-    assert (order.run, order.window) == (run, window)
+    assert (order.run, order.window) == expected
+
+
+def test_the_order_for_remote_shards_keeps_each_together(open_for):
+    sizes = open_for("decoder-tiny", "causal").train.shard_sizes
+    opened = open_for("decoder-tiny", "causal", "--data.sample_length", "32", "--data.order", "remote")
+    assert opened.order.run == tuple(4 * size for size in sizes)
+    assert opened.order.window == 32 * max(sizes)
+    assert opened.identity()["shuffle_run"] == "shard"
 
 
 def test_shards_on_a_network_file_system_are_read_by_runs(open_for, monkeypatch):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from data_prep.sources import plan_units, read_unit
 from data_prep.tokenization import load_tokenizer, text_encoder
 from data_prep.tokenizer_models import causal_tokenizer, train_byte_bpe, train_sentencepiece, train_wordpiece
-from data_prep.word_encoder import word_rules
+from data_prep.word_encoder import LONGEST_WORD, word_rules
 from tests.conftest import WIKIPEDIA
 
 NUM_BYTES = 1 << 20
@@ -75,6 +75,14 @@ def wordpiece(articles):
 @pytest.fixture(params=["wordpiece", "byte_bpe", "unigram"])
 def any_tokenizer(request, wordpiece, byte_bpe, unigram):
     return {"wordpiece": wordpiece, "byte_bpe": byte_bpe, "unigram": unigram[0]}[request.param]
+
+
+def test_words_and_their_parts_that_are_too_long_are_not_kept(any_tokenizer):
+    encode = text_encoder(any_tokenizer)
+    letters, known = "ab" * 5000, "data:image/png"
+    assert encode([f"see {known},{letters} (C) {letters}.{letters}"] * 2)[1]
+    assert max(map(len, encode._ids)) <= LONGEST_WORD
+    assert any("see" in word for word in encode._ids)
 
 
 def test_words_one_by_one_have_the_ids_that_they_have_in_a_text(any_tokenizer, articles, hostile):

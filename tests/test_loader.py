@@ -212,7 +212,7 @@ def test_identity_names_what_differs(reader):
 class CausalRows:
     """Five rows of 12 tokens: 100 * row + position."""
 
-    fingerprint, row_length, rows_per_shard, samples_ahead = "five", 12, 2, 0
+    fingerprint, row_length, shard_sizes, samples_ahead = "five", 12, (2, 2, 1), 0
 
     def __len__(self):
         return 5
@@ -223,7 +223,7 @@ class CausalRows:
 
 def test_rows_are_split_into_samples_that_are_their_parts():
     split = SplitRows(CausalRows(), 4)
-    assert (len(split), split.row_length, split.rows_per_shard, split.fingerprint) == (15, 4, 6, "five")
+    assert (len(split), split.row_length, split.shard_sizes, split.fingerprint) == (15, 4, (6, 6, 3), "five")
     samples = split.read(np.array([4, 0, 12, 13, 14]))
     assert samples["ids"].tolist() == [
         [104, 105, 106, 107],

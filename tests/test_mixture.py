@@ -87,7 +87,7 @@ def test_a_weight_that_never_counts_is_refused():
 class Numbers:
     """Rows that hold their own number, and of which folder they are."""
 
-    row_length = rows_per_shard = 1
+    row_length, shard_sizes = 1, ()
     samples_ahead = 0
 
     def __init__(self, name, size):

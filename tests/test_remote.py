@@ -209,7 +209,7 @@ def test_a_full_disk_says_so(store, monkeypatch, tmp_path):
 def test_shards_are_fetched_before_they_are_read(num_workers, folder, store, reader):
     store.latency = 0.05
     rows = JoinedRows([SplitRows(reader, 8)])
-    order = OrderState(5, len(rows), 0, *run_and_window("remote", 64))
+    order = OrderState(5, len(rows), 0, *run_and_window("remote", rows.shard_sizes))
     loader = ElasticLoader(rows, make_batch, order=order, global_batch_size=8, num_workers=num_workers)
     local = ElasticLoader(SplitRows(ShardReader(folder), 8), make_batch, order=order, global_batch_size=8)
     batches = loader.batches(90)
@@ -227,7 +227,7 @@ def test_shards_are_fetched_before_they_are_read(num_workers, folder, store, rea
 
 def test_reading_ahead_is_tried_again_when_training_goes_on(folder, store, reader, capsys):
     store.faults = {"0000.tar": [403]}
-    order = OrderState(5, len(reader), 0, *run_and_window("remote", 32))
+    order = OrderState(5, len(reader), 0, *run_and_window("remote", reader.shard_sizes))
     ahead = ReadAhead(reader, order)
 
     def wait_for(condition):
@@ -268,7 +268,7 @@ def test_a_run_may_name_a_url(tiny_shards, tmp_path):
         config = recipe(store.url, tmp_path)
         corpus, local = (open_corpus(each, OneProcess()) for each in (config, recipe(tiny_shards, tmp_path)))
         order = corpus.order
-        assert (order.run, order.window) == run_and_window("remote", local.train.rows_per_shard)
+        assert (order.run, order.window) == run_and_window("remote", local.train.shard_sizes)
         assert {**corpus.identity(), "shuffle_run": 1, "shuffle_window": None} == local.identity()
         local = replace(local, phases=(replace(local.phases[0], order=order),))
         for batch, expected in zip(corpus.train_batches(0, 5), local.train_batches(0, 5), strict=True):

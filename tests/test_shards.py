@@ -97,6 +97,7 @@ def test_any_rows_come_back(tmp_path_factory, num_rows, seed, pieces, rows_per_b
     rows_per_shard = rows_per_block * blocks_per_shard
     whole, rest = divmod(num_rows, rows_per_shard)
     index = ShardIndex.load(folder)
+    assert list(reader.shard_sizes) == [shard.num_rows for shard in index.shards]
     assert [shard.num_rows for shard in index.shards] == [rows_per_shard] * whole + [rest] * (rest > 0)
     assert [shards.scan_shard(folder / shard.name, FIELDS) for shard in index.shards] == list(index.shards)
 

@@ -45,7 +45,7 @@ def print_remote(folder: Path, options: argparse.Namespace) -> None:
     shards = folder / "shards"
     shards.mkdir()
     local = write_shards(shards, options.rows, options.tokens)
-    order = OrderState(0, len(local), 0, *run_and_window("remote", local.rows_per_shard))
+    order = OrderState(0, len(local), 0, *run_and_window("remote", local.shard_sizes))
     steps = len(local) // options.batch
     rows = [["local", *_epoch(local, order, steps, options)]]
     for name, faults in (("remote", ()), ("remote, one fault in three requests", FAULTS)):
