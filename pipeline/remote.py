@@ -4,19 +4,18 @@ http and https are read by Python's own client, any other scheme by fsspec and t
 ...). What breaks off is taken up where it broke off; what fails for good names URL and cause.
 """
 
-import fcntl
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from errno import EDQUOT, ENOSPC
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.files import READ_BYTES, hash_file
+from pipeline.file_locks import locked
 
 ATTEMPTS = 6
 """Failures in a row, without a byte in between, after which a file is given up; so many damaged copies, too."""
@@ -46,17 +45,6 @@ class Interrupted(Exception):
     """An attempt has failed in a way that another one may not."""
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Only one process, and one thread of it, at a time: the others wait, and go on where it ends, however it does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def download(url: str, path: Path, size: int | None = None, xxh3_128: str | None = None) -> None:
     """Fetch what `url` names to `path`, which it gets only when it has this size and hash, where they are known.
 
@@ -64,9 +52,11 @@ def download(url: str, path: Path, size: int | None = None, xxh3_128: str | None
     """
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        with open(unfinished, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # in use: ShardCache leaves it alone
-            _fetch(url, file, size, xxh3_128)
+        # Locked it is in use, and ShardCache leaves it alone.
+        with locked(unfinished) as descriptor, open(descriptor, "wb", closefd=False) as file:
+            file.truncate(0)
+            _fetch(url, unfinished, file, size, xxh3_128)
+            os.fsync(descriptor)
             os.replace(unfinished, path)
     except OSError as error:
         what = "is full" if error.errno in (ENOSPC, EDQUOT) else f"cannot be written to ({error.strerror})"
@@ -75,13 +65,14 @@ def download(url: str, path: Path, size: int | None = None, xxh3_128: str | None
         unfinished.unlink(missing_ok=True)
 
 
-def _fetch(url: str, file: BinaryIO, size: int | None, xxh3_128: str | None) -> None:
+def _fetch(url: str, path: Path, file: BinaryIO, size: int | None, xxh3_128: str | None) -> None:
+    """Fetch what `url` names into `file`, which lies at `path`."""
     stalls, damaged, pause = 0, 0, FIRST_PAUSE
     while True:
         before = file.seek(0, os.SEEK_END)
         try:
             _append(url, file, size)
-            if xxh3_128 is None or (found := hash_file(Path(file.name))) == xxh3_128:
+            if xxh3_128 is None or (found := hash_file(path)) == xxh3_128:
                 return
             damaged += 1
             cause = f"xxh3_128 {found}, expected {xxh3_128}"

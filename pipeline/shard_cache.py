@@ -23,8 +23,9 @@ import xxhash
 from data_prep.files import READ_BYTES
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, check_folder, check_indexes
 from data_prep.shards import INDEX_NAME, ShardReader
+from pipeline.file_locks import locked
 from pipeline.places import is_url
-from pipeline.remote import NoSuchFile, RemoteError, download, locked
+from pipeline.remote import NoSuchFile, RemoteError, download
 
 DOWNLOADS = 4
 """Shards that one process fetches at once."""

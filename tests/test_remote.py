@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -241,6 +242,31 @@ def test_reading_ahead_is_tried_again_when_training_goes_on(folder, store, reade
     ahead.reached(8)
     wait_for(lambda: len(list(reader.cache.folder.glob("*.tar"))) == 10)
     ahead.close()
+
+
+def test_a_process_forked_during_a_download_does_not_hold_it(folder, store, reader):
+    store.latency = 0.5
+    download = threading.Thread(target=reader.fetch, args=[np.array([0])])
+    download.start()
+    while not list(reader.cache.folder.glob("*.tmp")):
+        time.sleep(0.01)
+    child = multiprocessing.get_context("fork").Process(target=reader.read, args=[np.arange(8)])
+    outliving = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600])
+    for process in (child, outliving):
+        process.start()
+    try:
+        child.join(30)
+        assert child.exitcode == 0, "waits for a lock of its own"
+        download.join()
+        reading = threading.Thread(target=assert_local_rows, args=[reader, folder, np.arange(32)], daemon=True)
+        reading.start()
+        reading.join(30)
+        assert not reading.is_alive(), "waits for a lock of a child's"
+    finally:
+        for process in (child, outliving):
+            process.kill()
+            process.join()
+    assert set(store.requests.values()) == {1}
 
 
 def test_more_than_what_was_asked_for_is_not_kept(store, folder, tmp_path):
