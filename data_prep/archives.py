@@ -16,6 +16,8 @@ MEMBERS = ("txt", "json")
 # To WebDataset a sample is called by what stands before the first dot: this may be a text of its own or another's note.
 _DOTTED = BrokenContent("name with several dots", ": leave one, before txt or json, or give it another extension")
 
+_REPEATED = BrokenContent("repeated name", ": its sample has such a member already: rename or remove one")
+
 
 class _CheckedMember(tarfile.TarInfo):
     """A header that is an error where it is broken or missing, which `tarfile` takes for the archive's end."""
@@ -68,6 +70,7 @@ def _members(path: str, faults: Faults) -> Iterator[dict[str, Any]]:
     """Names and bytes of the members with text, as webdataset's grouping wants them."""
     from webdataset.tariterators import base_plus_ext
 
+    key_before, seen = None, set[str]()
     with tarfile.open(path, "r|gz" if path.endswith("gz") else "r|", tarinfo=_CheckedMember) as archive:
         for member in archive:
             archive.members = []  # which would hold every header
@@ -82,4 +85,9 @@ def _members(path: str, faults: Faults) -> Iterator[dict[str, Any]]:
                 fault = too_long("cut it into several documents, or remove it")
                 faults.add(fault, lambda name=member.name: f"{path}: {name}")
                 continue
+            key_before, seen = key, seen if key == key_before else set()
+            if extension.lower() in seen:
+                faults.add(_REPEATED, lambda name=member.name: f"{path}: {name}")
+                continue
+            seen.add(extension.lower())
             yield {"fname": member.name, "data": archive.extractfile(member).read(), "__url__": path}

@@ -4,7 +4,6 @@ python -m data_prep.build_shards --recipe launch/recipes/data/demo.yaml [--field
 mpirun -n 8 --bind-to none python -m data_prep.build_shards --recipe ...    the same folder, byte by byte
 """
 
-import errno
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from data_prep.build_job import Job, KeysOf
 from data_prep.build_report import REPORT_NAME, write_report
 from data_prep.documents import SourceError
 from data_prep.duplicates import words_key
-from data_prep.files import read_record, sync_tree
+from data_prep.files import read_record, remedied, sync_tree
 from data_prep.filters import QualityRules, Steps, StepSettings
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, SourceCounts, UnitRecord
 from data_prep.near_duplicates import BandKeys, NearDuplicateSettings
@@ -410,22 +409,14 @@ def print_summary(root: Path, manifest: Manifest, tokens: int, seconds: float) -
     print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
 
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
 @contextmanager
 def telling_what_to_do(root: Path) -> Iterator[None]:
     """What the system refuses to write, with the remedy."""
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            place = error.filename or root
-            raise ValueError(f"{place}: {error.strerror}: make room there; the same command goes on") from error
-        if isinstance(error, PermissionError):
-            place = error.filename or root
-            raise ValueError(f"{place}: {error.strerror}: change its rights, or choose another") from error
-        raise
+        error.filename = error.filename or str(root)
+        raise ValueError(remedied(error)) from error
 
 
 if __name__ == "__main__":

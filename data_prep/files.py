@@ -1,5 +1,6 @@
 """Files that are whole or not there: atomic writes and content hashes."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 Record = TypeVar("Record")
 
 READ_BYTES = 1 << 22
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NAME_BYTES = 255  # of a file or folder, in every usual file system
 
 
@@ -29,10 +31,22 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # of a write that fails the system gives none
         unfinished.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remedied(error: OSError) -> str:
+    """What the system says, and where it will not let us write, what to do about it."""
+    place = error.filename or "the disk"
+    if error.errno in FULL:
+        return f"{place}: {error.strerror}: make room there; the same command goes on"
+    if isinstance(error, PermissionError):
+        return f"{place}: {error.strerror}: change its rights, or choose another"
+    return str(error)
 
 
 def is_path(name: str) -> bool:

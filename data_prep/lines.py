@@ -57,7 +57,8 @@ def read_csv(unit: WorkUnit, faults: Faults) -> Iterator[Document]:
     csv.field_size_limit(documents.LONGEST_DOCUMENT)
     # Bytes that are no UTF-8 become surrogates, so that they spoil their own row alone.
     lines = (line.decode(errors="surrogateescape") for _, line in _lines(unit, faults, keep_blank=True))
-    rows = csv.reader(lines, "excel-tab" if ".tsv" in Path(path).suffixes else "excel", strict=True)
+    is_tsv = ".tsv" in Path(path).suffixes
+    rows = csv.reader(lines, "excel-tab" if is_tsv else "excel", strict=True)
     try:
         names = next(rows, None)
     except csv.Error as error:
@@ -75,6 +76,8 @@ def read_csv(unit: WorkUnit, faults: Faults) -> Iterator[Document]:
             row = next(rows, None)
             if row is None:
                 return
+            if is_tsv and any("\n" in cell and "\t" in cell for cell in row):
+                raise BrokenContent("quote over several rows", ": double the quotes within cells, or write JSON lines")
             if row:
                 yield Document(f"{unit.name_of(path)}:{number}", _cell(row, column, len(names)))
         except BrokenContent as fault:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator
 
 from data_prep.documents import SourceError
 from data_prep.files import hash_file, hash_json
-from data_prep.sources import input_files, is_on_hub, resolve_input
+from data_prep.sources import format_of, input_files, is_on_hub, resolve_input
 from data_prep.tables import hub_content
 
 
@@ -110,6 +110,8 @@ class Origin:
         for now, was in zip(self.inputs, other.inputs, strict=False):
             if now.content != was.content:
                 lines.append(f"input {now.name}: {now.content}, was {was.content}")
+            elif format_of(Path(now.name)) != format_of(Path(was.name)):
+                lines.append(f"input {now.name}: read by its name, which was {was.name}")
         return lines
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from pydantic import TypeAdapter
 
+from data_prep.files import remedied
 from data_prep.recipes import BAD_INPUT, run_command
 
 Value = TypeVar("Value")
@@ -112,7 +113,8 @@ class _MpiRanks(Ranks):
         try:
             result = action()
         except (ValueError, OSError) as error:
-            fault = (f"rank {self.rank}: " if self.rank else "") + (str(error) or type(error).__name__)
+            said = remedied(error) if isinstance(error, OSError) else str(error)
+            fault = (f"rank {self.rank}: " if self.rank else "") + (said or type(error).__name__)
         faults = self._all_bytes(fault.encode())
         if any(faults):
             raise Refusal(next(filter(None, faults)).decode())

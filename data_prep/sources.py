@@ -80,12 +80,12 @@ def input_files(name: str) -> list[Path]:
         return []
     path = resolve_input(name)
     if path.is_dir():
-        files = saved_files(path) or sorted(file for file in _files_below(path) if _format_of(file))
+        files = saved_files(path) or sorted(file for file in _files_below(path) if format_of(file))
         if not files:
             raise SourceError(f"input {name!r}: the folder holds no file of a known format; known are {KNOWN}")
     elif not path.is_file():
         raise SourceError(f"input {name!r}: {path} does not exist")
-    elif not _format_of(path):
+    elif not format_of(path):
         raise SourceError(f"input {name!r}: unknown format; known are {KNOWN}")
     else:
         files = [path]
@@ -116,7 +116,7 @@ def _unread(path: Path) -> Counter[str]:
             files = [Path(place, name) for name in names]
             found["linked folders"] += sum(Path(place, folder).is_symlink() for folder in folders)
             found["links to nothing, or no files"] += sum(not file.is_file() for file in files)
-            found["files of no known format"] += sum(file.is_file() and not _format_of(file) for file in files)
+            found["files of no known format"] += sum(file.is_file() and not format_of(file) for file in files)
     return found
 
 
@@ -128,7 +128,8 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (file for file in (Path(place, name) for name in names) if file.is_file())
 
 
-def _format_of(path: Path) -> str | None:
+def format_of(path: Path) -> str | None:
+    """How a file of this name is read: a key of FORMATS; None for one that is not."""
     return next((name for name, pattern in FORMATS.items() if pattern.search(path.name)), None)
 
 
@@ -168,10 +169,10 @@ def _input_units(name: str, unit_bytes: int, skips_broken: bool) -> Iterator[Wor
     place = resolve_input(name)
     root = str(place if place.is_dir() else place.parent)
     files = input_files(name)
-    for paths, size in _text_groups([file for file in files if _format_of(file) == "text"], unit_bytes):
+    for paths, size in _text_groups([file for file in files if format_of(file) == "text"], unit_bytes):
         yield unit("text", paths, 0, size, size)
     for file in files:
-        if (format := _format_of(file)) != "text":
+        if (format := format_of(file)) != "text":
             for span in _spans(format, file, unit_bytes, skips_broken):
                 yield unit(format, [file], *span)
 

@@ -2,6 +2,7 @@
 
 <root>/.build/lock             held by every rank, while it lives
 <root>/.build/plan.json        what is being built
+<root>/.build/emptying         there while what was built before is removed
 <root>/.build/keys-*.npy       keys of a unit's documents, of one kind of comparison
 <root>/.build/repeats-*.npy    numbers of a unit's documents that repeat earlier ones, by that comparison
 <root>/.build/unit-*.json      the record of a finished unit
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.build_report import PLOT_NAME, REPORT_NAME
+from data_prep.files import sync_folder
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, UnitRecord, check_folder
 from data_prep.origin import faults_of, refusal
 from data_prep.ranks import Ranks
@@ -25,6 +27,7 @@ from data_prep.shards import size_fault
 WORK_FOLDER = ".build"
 PLAN_NAME = "plan.json"
 LOCK_NAME = "lock"
+EMPTYING_NAME = "emptying"
 LOCK_SECONDS = 3.0
 """How long a job waits for the ranks of one that was killed: mpirun may be gone before them."""
 
@@ -123,10 +126,11 @@ def is_built(root: Path, plan: Manifest, overwrite: bool) -> bool:
     Raises:
         ValueError: it was built otherwise, or is damaged, and may not be overwritten; or it is none of ours.
     """
-    work = root / WORK_FOLDER
     if not (root / MANIFEST_NAME).exists():
-        if not work.exists() and any((root / name).exists() for name in OURS):
-            raise ValueError(f"{root} holds {', '.join(OURS)} of another origin: choose another --output")
+        work = root / WORK_FOLDER
+        found = {*OURS} & {*_names(root)} | {*_names(work)} - {LOCK_NAME}
+        if found and not {PLAN_NAME, EMPTYING_NAME} & {*_names(work)}:
+            raise ValueError(f"{root} holds {', '.join(sorted(found))} of another origin: choose another --output")
         return False
     faults = faults_of(Manifest.load, root, plan.origin) or faults_of(check_folder, root, plan.origin)
     if faults and not overwrite:
@@ -141,17 +145,16 @@ def prepare(root: Path, plan: Manifest, overwrite: bool) -> None:
         ValueError: a build by another plan has begun, which may not be overwritten.
     """
     work = root / WORK_FOLDER
-    plan_path = work / PLAN_NAME
-    if plan_path.exists():
+    plan_path, emptying = work / PLAN_NAME, work / EMPTYING_NAME
+    if plan_path.exists() and not emptying.exists():
         faults = faults_of(Manifest.load_file, plan_path, plan.origin)
         if not faults:
             return
         if not overwrite:
             raise refusal(root, faults)
-    # The plan goes first and comes last: a kill in between leaves a folder that is known as ours.
-    plan_path.unlink(missing_ok=True)
+    start_over(root)  # a kill from here on leaves a folder that is known as ours
     for file in work.iterdir():
-        if file.name != LOCK_NAME:
+        if file.name not in (LOCK_NAME, EMPTYING_NAME):
             file.unlink()
     for name in (MANIFEST_NAME, REPORT_NAME, PLOT_NAME):
         (root / name).unlink(missing_ok=True)
@@ -160,11 +163,17 @@ def prepare(root: Path, plan: Manifest, overwrite: bool) -> None:
     for split in SPLITS:
         (root / split).mkdir()
     plan.save(plan_path)
+    emptying.unlink()
 
 
 def start_over(root: Path) -> None:
     """Have the next job drop what is built so far."""
-    (root / WORK_FOLDER / PLAN_NAME).unlink()
+    (root / WORK_FOLDER / EMPTYING_NAME).touch()
+    sync_folder(root / WORK_FOLDER)
+
+
+def _names(folder: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
 
 
 def missing(root: Path, paths: Sequence[Path]) -> list[int]:

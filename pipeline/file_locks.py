@@ -16,6 +16,7 @@ def locked(path: Path) -> Iterator[int]:
     """A descriptor of a file, made where it is missing, that no other process, nor thread of this one, has so open.
 
     The others wait, and go on where it ends, however it does. A process forked meanwhile does not hold the lock.
+    Raises OSError where the file cannot be opened, or files cannot be locked.
     """
     with _opening:  # no fork between the two
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

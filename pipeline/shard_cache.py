@@ -3,6 +3,7 @@
 <cache>/folders/<hash>/      manifest, tokenizer and indexes of a folder, by the hash of its manifest
 <cache>/<xxh3_128>.tar       a shard, by the hash of its content
 <cache>/<xxh3_128>.tar.tmp   one that is coming
+<cache>/<xxh3_128>.room      of the size that it will have
 <cache>/locks/               who fetches: one process at a time for each file, for whom the others wait
 
 Processes of all jobs of a user may share a cache. A shard that a reader has open is locked (shared) and never evicted.
@@ -12,15 +13,16 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from data_prep.files import READ_BYTES
+from data_prep.files import READ_BYTES, sync_tree
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, check_folder, check_indexes
 from data_prep.shards import INDEX_NAME, ShardReader
 from pipeline.file_locks import locked
@@ -57,10 +59,10 @@ class ShardCache:
         """The local copy, fetched where it is missing. Raises RemoteError."""
         path = self.folder / f"{xxh3_128}.tar"
         if not _touched(path):
-            with locked(self._lock(xxh3_128)):
+            with self._alone(f"{xxhash.xxh3_64_intdigest(xxh3_128.encode()) % LOCKS:03d}"):
                 if not path.exists():
-                    self._evict(self.limit - size)
-                    download(url, path, size, xxh3_128)
+                    with self._room(path, size):
+                        download(url, path, size, xxh3_128)
         return path
 
     def open(self, url: str, size: int, xxh3_128: str, checked: set[tuple[int, str]]) -> int:
@@ -81,33 +83,55 @@ class ShardCache:
                     path.unlink(missing_ok=True)  # damaged since it was fetched
                 os.close(descriptor)
 
-    def _lock(self, name: str) -> Path:
-        folder = self.folder / "locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RemoteError(f"data.cache {self.folder} cannot be made ({error.strerror}): name another") from error
-        return folder / f"{xxhash.xxh3_64_intdigest(name.encode()) % LOCKS:03d}"
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """One process, and one thread of it, at a time for each name. Raises RemoteError."""
+        with ExitStack() as stack:
+            try:
+                (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder / "locks" / name))
+            except OSError as error:
+                raise RemoteError(
+                    f"data.cache {self.folder} cannot be used ({error.strerror}): name another folder, best on this "
+                    "machine's own disk"
+                ) from error
+            yield
+
+    @contextmanager
+    def _room(self, path: Path, size: int) -> Iterator[None]:
+        """Space for a shard that is coming: downloads at the same time would find the same."""
+        room = path.with_name(f"{path.stem}.room")
+        with locked(room) as descriptor:
+            with self._alone("room"):
+                self._evict(self.limit - size)
+                os.truncate(descriptor, size)  # which takes none on the disk
+            try:
+                yield
+            finally:
+                room.unlink(missing_ok=True)
 
     def _evict(self, limit: int) -> None:
         """Remove files that nobody has open, the longest unused first, until no more than `limit` bytes are left."""
         files = []
-        for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.tar.tmp")]:
+        for path in (path for suffix in ("tar", "tar.tmp", "room") for path in self.folder.glob(f"*.{suffix}")):
+            if path.suffix == ".tmp" and path.with_name(f"{path.name.partition('.')[0]}.room").exists():
+                continue
             with suppress(FileNotFoundError):
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
         total = sum(size for _, size, _ in files)
         for used, size, path in sorted(files):
             if total <= limit:
                 return
-            if path.suffix == ".tmp" and time.time() - used < STALE:
+            if path.suffix != ".tar" and time.time() - used < STALE:
                 continue
             with suppress(FileNotFoundError):
                 total -= size if _remove_unused(path) else 0
 
     def folder_of(self, url: str) -> Path:
         """Manifest, tokenizer and indexes of the folder at `url`, which are checked. Raises RemoteError."""
-        coming = self._lock(url).with_name(f"{xxhash.xxh3_64_hexdigest(url.encode())}.json")
-        with locked(coming.with_suffix(".lock")):
+        name = xxhash.xxh3_64_hexdigest(url.encode())
+        coming = self.folder / "locks" / f"{name}.json"
+        with self._alone(f"{name}.lock"):
             try:
                 download(f"{url}/{MANIFEST_NAME}", coming)
             except NoSuchFile as error:
@@ -118,6 +142,7 @@ class ShardCache:
                 unfinished = folder.with_name(f"{folder.name}.{coming.stem}.tmp")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 _fetch_folder(url, content, unfinished)
+                sync_tree(unfinished)
                 with suppress(OSError):  # another URL with the same content was faster
                     os.replace(unfinished, folder)
                 shutil.rmtree(unfinished, ignore_errors=True)

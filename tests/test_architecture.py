@@ -25,6 +25,7 @@ RUNNING_PARTS = {
     *("trainer", "engine", "checkpoint", "run_folder", "model", "model_card", "model_folder", "corpus", "loader"),
     *("metrics", "documents", "evaluation", "options", "world", "command", "ending", "launched", "stopping"),
     *("build_locks", "footprint", "tracing", "read_ahead", "remote", "shard_cache", "spike_check"),
+    *("file_locks",),
     *("glue", "own_rows", "task_data", "task_files", "task_metrics"),
     *("task_corpus", "task_evaluation", "task_model", "task_results", "task_trainer"),
 }

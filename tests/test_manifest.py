@@ -239,6 +239,9 @@ def test_unit_records_come_back(tmp_path):
 def test_differences_are_named_and_moves_are_none():
     moved = Origin(ORIGIN.settings, tuple(replace(item, name=f"/else/{item.name}") for item in ORIGIN.inputs))
     assert moved.differences(ORIGIN) == []
+    other = replace(moved, inputs=(replace(ORIGIN.inputs[0], name="a.csv"), *ORIGIN.inputs[1:]))
+    (line,) = other.differences(ORIGIN)
+    assert line.startswith("input a.csv: read by its name, which was ")
     other = Origin({"layout": "pairs", "row_length": 16, "new": 1}, (replace(ORIGIN.inputs[0], xxh3_128="cc"),))
     assert other.differences(ORIGIN) == [
         "new: 1, was None",

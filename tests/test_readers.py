@@ -250,16 +250,27 @@ def test_a_column_that_is_not_there_is_an_error_always(tmp_path, name):
         read(write(tmp_path / name), Counter(), text_field="body")
 
 
-def test_a_tar_without_texts_and_one_with_two_of_a_name_are_refused(tmp_path):
+def test_a_tar_without_texts_or_with_two_of_a_name_is_refused(tmp_path):
     write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("2.txt.bak", b"x")])
     with pytest.raises(SourceError, match=r"a\.tar: no member is \.txt or \.json"):
         read(tmp_path / "a.tar", Counter())
-    write_tar(tmp_path / "b.tar", [("1.txt", b"x"), ("1.txt", b"y")])
-    with pytest.raises(SourceError, match=r"b\.tar: broken tar: 1\.txt: duplicate file name"):
+    write_tar(tmp_path / "b.tar", [("1.txt", b"x"), ("1.txt", b"y"), ("1.json", b"{}"), ("2.txt", b"z")])
+    with pytest.raises(SourceError, match=r"b\.tar: 1\.txt: repeated name: .* rename or remove one"):
         read(tmp_path / "b.tar")
+    skipped = Counter()
+    assert read(tmp_path / "b.tar", skipped) == ["x", "z"] and skipped == {"repeated name": 1}
     write_tar(tmp_path / "c.tar", [("1.json", b'{"body": "x"}'), ("1.txt", b"y"), ("2.json", b"{")])
     skipped = Counter()
     assert read(tmp_path / "c.tar", skipped) == ["y"] and skipped == {"not JSON": 1}
+
+
+def test_rows_that_an_open_quote_takes_up_are_not_a_text(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('id\ttext\n1\t"He said hi\n2\tok\n3\tand she left"\n4\t"two\nlines"\n5\tthe end\n')
+    with pytest.raises(SourceError, match=r"a\.tsv: row 1 .lines 2 to 4.: quote over several rows"):
+        read(path)
+    skipped = Counter()
+    assert read(path, skipped) == ["two\nlines", "the end"] and skipped == {"quote over several rows": 3}
 
 
 def test_texts_in_a_tar_whose_names_have_several_dots_are_named_or_counted(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -153,6 +154,23 @@ def test_the_cache_keeps_its_size_and_what_is_used(folder, store, tmp_path):
     reader.close()
     held.read(np.array([200]))
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1 and sum(store.requests.values()) == before + 1
+
+
+def test_downloads_at_the_same_time_share_the_room(folder, reader):
+    size = shard_size(folder)
+    assert_local_rows(reader, folder, np.arange(4 * 32))
+    reader.close()
+    cache = ShardCache(reader.cache.folder, 4 * size)
+    with ExitStack() as coming:
+        for name, left in (("a", 3), ("b", 2)):
+            coming.enter_context(cache._room(cache.folder / f"{name}.tar", size))
+            assert len(list(cache.folder.glob("*.tar"))) == left
+
+
+def test_a_cache_that_cannot_be_locked_is_refused(tmp_path):
+    (tmp_path / "locks").touch()
+    with pytest.raises(RemoteError, match="cannot be used .*: name another folder"):
+        ShardCache(tmp_path, 100).fetch("http://nowhere", 100, "0" * 32)
 
 
 def _read_all(folder, url, cache, failures):

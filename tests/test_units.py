@@ -2,16 +2,17 @@
 
 import errno
 import os
+import re
 import resource
 
 import numpy as np
 import pytest
 
-from data_prep import build_shards, files, train_tokenizer, work_folder
+from data_prep import build_shards, files, train_tokenizer, units, work_folder
 from data_prep.manifest import Tally
 from data_prep.ranks import Ranks
 from data_prep.shards import Field, ShardWriter
-from data_prep.sources import plan_units
+from data_prep.sources import plan_units, read_unit
 from data_prep.units import Screen
 
 FIELDS = (Field("ids", "uint16", 8), Field("length", "uint16"))
@@ -116,13 +117,35 @@ def test_a_build_on_a_full_disk_says_so_and_goes_on(built, whole, tmp_path, monk
 
     monkeypatch.setattr(files.os, "fsync", full)
     assert build_shards.main([*built, f"--output={output}"]) == 2
-    assert f"{output}: No space left on device: make room there; the same command" in capsys.readouterr().err
+    assert re.search(f"{output}.*: No space left on device: make room there; the same", capsys.readouterr().err)
     assert not (output / "manifest.json").exists()
     monkeypatch.undo()
     assert build_shards.main([*built, f"--output={output}"]) == 0
     for path in whole.rglob("*"):
         assert path.is_dir() or (output / path.relative_to(whole)).read_bytes() == path.read_bytes()
     assert len(list(whole.rglob("*"))) == len(list(output.rglob("*")))
+
+
+@pytest.mark.parametrize("undone", [True, False], ids=["and back", "for good"])
+def test_an_input_that_changes_while_it_is_read_is_told_and_read_anew(tmp_path, prose, monkeypatch, capsys, undone):
+    arguments, output = _inputs_and_tokenizer(tmp_path, prose(40)), tmp_path / "shards"
+    file, touched = tmp_path / "input1/1.txt", tmp_path / "input0/0.txt"
+    before = file.read_text()
+
+    def changed(unit, skipped=None):
+        os.utime(touched, (1, 1))  # which changes no content
+        file.write_text(before + " More of it.")
+        return read_unit(unit)
+
+    monkeypatch.setattr(units, "read_unit", changed)
+    assert build_shards.main([*arguments, f"--output={output}"]) == 2
+    assert f"{file}: changed while it was being read: when all is at rest" in capsys.readouterr().err
+    monkeypatch.undo()
+    if undone:
+        file.write_text(before)
+    for folder in (output, tmp_path / "anew"):
+        assert build_shards.main([*arguments, f"--output={folder}"]) == 0
+    assert (output / "manifest.json").read_bytes() == (tmp_path / "anew/manifest.json").read_bytes()
 
 
 def test_a_folder_without_permission_is_refused_by_name(built, tmp_path, monkeypatch, capsys):

@@ -174,30 +174,6 @@ def test_a_killed_build_goes_on_after_its_last_unit(corpus, tokenizer, tmp_path,
     assert contents(output) == contents(whole)
 
 
-@pytest.mark.parametrize("undone", [True, False], ids=["and back", "for good"])
-def test_an_input_that_changes_while_it_is_read_is_told_and_read_anew(
-    corpus, tokenizer, tmp_path, monkeypatch, capsys, undone
-):
-    output, file, touched = tmp_path / "shards", tmp_path / "1.jsonl", tmp_path / "0.jsonl"
-    before = file.read_bytes()
-
-    def changed(unit, skipped=None):
-        os.utime(touched, (1, 1))  # which changes no content
-        if unit.number == 1:
-            file.write_bytes(before + before.splitlines(keepends=True)[0])
-        return read_unit(unit)
-
-    monkeypatch.setattr(units, "read_unit", changed)
-    assert build(corpus, tokenizer, output) == 2
-    assert f"{file}: changed while it was being read: when all is at rest" in capsys.readouterr().err
-    monkeypatch.undo()
-    if undone:
-        file.write_bytes(before)
-    for folder in (output, tmp_path / "anew"):
-        assert build(corpus, tokenizer, folder) == 0
-    assert contents(output) == contents(tmp_path / "anew")
-
-
 def test_a_unit_whose_shard_or_record_is_gone_is_built_again(corpus, tokenizer, tmp_path, monkeypatch):
     output = tmp_path / "shards"
     monkeypatch.setattr(build_shards, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -304,6 +280,12 @@ def test_files_of_others_are_not_touched(corpus, tokenizer, tmp_path, capsys):
         assert train(corpus, tmp_path / "mine", *more) == 2
         assert "of another origin: choose another --output" in capsys.readouterr().err
     assert list((tmp_path / "mine").rglob("*")) == [tmp_path / "mine" / "train"]
+    for name in (".build/repositories", "train/1.txt"):
+        (tmp_path / "theirs" / name).parent.mkdir(parents=True)
+        (tmp_path / "theirs" / name).touch()
+        assert build(corpus, tokenizer, tmp_path / "theirs", "--overwrite") == 2
+        assert "of another origin: choose another --output" in capsys.readouterr().err
+    assert (tmp_path / "theirs" / "train/1.txt").exists()
 
 
 def test_all_faults_are_told_together(tmp_path, capsys):
