@@ -177,9 +177,15 @@ def _from_sentencepiece(
 def _check_equal(
     tokenizer: PreTrainedTokenizerFast, processor: sentencepiece.SentencePieceProcessor, sentences: list[str]
 ) -> None:
+    """RuntimeError where a sentence has other pieces by the two libraries, and not only in another order.
+
+    Of segmentations that are equally good, as of a row of stars, each takes the one that its rounding of sums prefers.
+    """
     ids = text_encoder(tokenizer)(sentences)
     for sentence, found, expected in zip(sentences, ids, processor.encode(sentences), strict=True):
-        if found != expected:
+        if found != expected and (
+            sorted(found) != sorted(expected) or tokenizer.decode(found) != tokenizer.decode(expected)
+        ):
             raise RuntimeError(f"tokenizers and sentencepiece disagree on {sentence!r}: {found}, {expected}")
 
 

@@ -6,11 +6,18 @@ from random import Random
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from data_prep.sources import plan_units, read_unit
 from data_prep.tokenization import load_tokenizer, text_encoder
-from data_prep.tokenizer_models import causal_tokenizer, train_byte_bpe, train_sentencepiece, train_wordpiece
+from data_prep.tokenizer_models import (
+    _check_equal,
+    causal_tokenizer,
+    train_byte_bpe,
+    train_sentencepiece,
+    train_wordpiece,
+)
 from data_prep.word_encoder import LONGEST_WORD, word_rules
 from tests.conftest import WIKIPEDIA
 
@@ -123,6 +130,29 @@ def test_ids_equal_the_librarys(unigram, articles, hostile):
     paragraphs = [paragraph for text in articles for paragraph in text.split("\n\n")]
     for texts in (paragraphs, hostile):
         assert text_encoder(tokenizer)(texts) == library.encode(texts)
+
+
+class Answers:
+    """The library with answers of one's own."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def encode(self, texts):
+        return [self.ids]
+
+
+def test_a_tokenizer_is_refused_where_it_is_not_the_librarys_but_for_the_order_of_equally_good_pieces():
+    pieces = [("<unk>", 0.0), ("*", -3.0), ("**", -4.0), ("a", -3.0)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)))
+    (ids,) = text_encoder(tokenizer)(["***"])
+    assert sorted(ids) == [1, 2]
+    _check_equal(tokenizer, Answers(ids[::-1]), ["***"])
+    for others in ([1, 1, 1], [1, 3], [2]):
+        with pytest.raises(RuntimeError, match="disagree"):
+            _check_equal(tokenizer, Answers(others), ["***"])
+    with pytest.raises(RuntimeError, match="disagree"):
+        _check_equal(tokenizer, Answers([3, 1]), ["*a"])
 
 
 def test_where_a_long_text_has_other_ids_ours_are_no_worse(unigram, articles):
