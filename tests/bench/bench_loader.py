@@ -16,8 +16,8 @@ import numpy as np
 
 from data_prep.shards import ShardIndex, ShardReader, ShardWriter, row_fields
 from pipeline.config import ObjectiveSettings
-from pipeline.loader import Batch, ElasticLoader
-from pipeline.objectives import MaskedTokens, SpecialTokens
+from pipeline.loader import Batch, ElasticLoader, MakeBatch
+from pipeline.objectives import MaskedTokens, NextTokens, SpecialTokens
 from pipeline.order import OrderState, sample_ids
 from tests.bench.tables import format_table, machine, median_and_spread
 
@@ -30,17 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write shards, measure, print two tables."""
     options = _parse(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        reader = write_shards(Path(folder), options.rows, options.tokens)
+        pairs, causal = (Path(folder, layout) for layout in ("pairs", "causal"))
+        reader = write_shards(pairs, options.rows, options.tokens)
         print(
             f"Rows of {options.tokens} tokens, {options.rows} of them, global batch {options.batch}, one rank; median "
             f"(range) of {options.rounds} alternations; {machine()}"
         )
-        print_throughput(reader, options)
+        print_throughput(reader, write_shards(causal, options.rows, options.tokens, "causal"), options)
         print_time_to_first_batch(reader, options)
 
 
-def write_shards(folder: Path, num_rows: int, row_length: int) -> ShardReader:
-    """Shards of random sentence pairs, without padding."""
+def write_shards(folder: Path, num_rows: int, row_length: int, layout: str = "pairs") -> ShardReader:
+    """Shards of random rows, without padding."""
     rng = np.random.default_rng(0)
     rows = {
         "ids": rng.integers(5, VOCAB_SIZE, (num_rows, row_length), np.uint16),
@@ -48,15 +49,17 @@ def write_shards(folder: Path, num_rows: int, row_length: int) -> ShardReader:
         "first_length": np.full(num_rows, row_length // 2, np.uint16),
         "next_sentence_label": rng.integers(0, 2, num_rows, np.uint8),
     }
-    fields = row_fields("pairs", row_length, "uint16")
+    folder.mkdir(exist_ok=True)
+    fields = row_fields(layout, row_length, "uint16")
     writer = ShardWriter(folder, "train", fields)
     writer.write(rows)
     ShardIndex(row_length, "synthetic", fields, tuple(writer.finish())).save(folder)
     return ShardReader(folder)
 
 
-def print_throughput(reader: ShardReader, options: argparse.Namespace) -> None:
-    """Tokens per second of the whole loader and of its stages, which are timed alone in this process."""
+def print_throughput(reader: ShardReader, causal: ShardReader, options: argparse.Namespace) -> None:
+    """Tokens per second of the whole loader, of pairs and causal rows, and of its stages with pairs, which are timed
+    alone in this process."""
     order = OrderState(seed=0, num_samples=len(reader))
     ids, epochs = sample_ids(order, options.batch)
     rows, mask = reader.read(ids), _make_batch()
@@ -66,7 +69,8 @@ def print_throughput(reader: ShardReader, options: argparse.Namespace) -> None:
         "mask alone": partial(_repeat, lambda: mask(rows, ids, epochs), options.steps),
     }
     loaders = {
-        f"loader, {workers} workers": partial(_drain, _batches(reader, order, options, workers), options.steps)
+        f"{name}, {workers} workers": partial(_drain, _batches(rows, order, options, workers), options.steps)
+        for name, rows in (("loader", reader), ("causal rows", causal))
         for workers in (0, 2)
     }
     seconds = _wall_seconds({**loaders, **stages}, options.rounds)
@@ -96,13 +100,14 @@ def _batches(
     reader: ShardReader, order: OrderState, options: argparse.Namespace, workers: int
 ) -> Callable[[int], Iterator[Batch]]:
     def start(num_steps: int) -> Iterator[Batch]:
-        loader = ElasticLoader(reader, _make_batch(), order=order, global_batch_size=options.batch, num_workers=workers)
+        make_batch = _make_batch() if "first_length" in reader.fields else NextTokens(end_id=3).make_batch
+        loader = ElasticLoader(reader, make_batch, order=order, global_batch_size=options.batch, num_workers=workers)
         return loader.batches(num_steps)
 
     return start
 
 
-def _make_batch() -> partial:
+def _make_batch() -> MakeBatch:
     return MaskedTokens(seed=0, settings=ObjectiveSettings(), tokens=TOKENS).make_batch
 
 
