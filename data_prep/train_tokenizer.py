@@ -3,11 +3,14 @@
 python -m data_prep.train_tokenizer --input X [--input Y] --kind wordpiece --vocab_size 30522 --output DIR
 """
 
+import fcntl
 import math
+import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -80,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(settings: TokenizerSettings) -> None:
     """Train and save, unless that is done already."""
     output = Path(settings.output)
-    restore(output.resolve())
     origin = origin_of(settings)
-    if is_trained(output, origin, settings.overwrite):
+    with putting_in_place(output):
+        is_done = is_trained(output, origin, settings.overwrite)
+    if is_done:
         print(f"{output} is trained already with these settings: nothing to do")
         return
     for line in passed_over(settings.input):
@@ -103,7 +107,9 @@ def train(settings: TokenizerSettings) -> None:
         )
     if settings.template == "causal":
         tokenizer = causal_tokenizer(tokenizer)
-    save(output, tokenizer, model, origin)
+    with putting_in_place(output):
+        if not is_trained(output, origin, settings.overwrite):  # by another job of the same recipe, meanwhile
+            save(output, tokenizer, model, origin)
     print(f"{output}: {settings.kind} tokenizer with {len(tokenizer):,} entries")
     for reason, count in sorted((texts.skipped or {}).items()):
         print(f"left out, since it cannot be read: {count:,} for: {reason}")
@@ -202,10 +208,23 @@ def replaced(output: Path) -> Path:
     return output.with_name(f".{output.name}.old")
 
 
-def restore(output: Path) -> None:
-    """Put back a tokenizer whose successor a kill has kept from its place."""
-    if not output.exists() and replaced(output).exists():
-        replaced(output).rename(output)
+@contextmanager
+def putting_in_place(output: Path) -> Iterator[None]:
+    """One process at a time, where the system can lock folders, changes what the folder of `output` holds.
+
+    Puts back a tokenizer whose successor a kill has kept from its place.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not output.exists() and replaced(output).exists():
+            replaced(output).rename(output)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

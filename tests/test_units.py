@@ -1,9 +1,12 @@
 """Units to shards: what screens count, and what is left of a unit that could not be written."""
 
 import errno
+import multiprocessing
 import os
 import re
 import resource
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -146,6 +149,22 @@ def test_an_input_that_changes_while_it_is_read_is_told_and_read_anew(tmp_path, 
     for folder in (output, tmp_path / "anew"):
         assert build_shards.main([*arguments, f"--output={folder}"]) == 0
     assert (output / "manifest.json").read_bytes() == (tmp_path / "anew/manifest.json").read_bytes()
+
+
+def test_two_jobs_may_train_one_tokenizer_at_once(tmp_path, prose):
+    _inputs_and_tokenizer(tmp_path, prose(40))
+    shutil.rmtree(tmp_path / "tokenizer")
+    kind = ["--kind=wordpiece", "--vocab_size=256", "--heldout_fraction=0.2"]
+    arguments = [f"--input={tmp_path / 'input0'}", *kind, f"--output={tmp_path / 'tokenizer'}"]
+    fork = multiprocessing.get_context("fork")
+    jobs = [fork.Process(target=lambda: sys.exit(train_tokenizer.main(arguments))) for _ in range(4)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0] * 4
+    assert train_tokenizer.main(arguments) == 0
+    assert not list(tmp_path.glob(".tokenizer*"))
 
 
 def test_a_folder_without_permission_is_refused_by_name(built, tmp_path, monkeypatch, capsys):
