@@ -22,7 +22,7 @@ from data_prep.build_job import Job, KeysOf
 from data_prep.build_report import REPORT_NAME, write_report
 from data_prep.documents import SourceError
 from data_prep.duplicates import words_key
-from data_prep.files import read_record, remedied, sync_tree
+from data_prep.files import name_file, read_record, remedied, sync_tree
 from data_prep.filters import QualityRules, Steps, StepSettings
 from data_prep.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_FOLDER, Manifest, SourceCounts, UnitRecord
 from data_prep.near_duplicates import BandKeys, NearDuplicateSettings
@@ -415,7 +415,7 @@ def telling_what_to_do(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(root)
+        name_file(error, root)
         raise ValueError(remedied(error)) from error
 
 

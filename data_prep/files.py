@@ -32,11 +32,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # of a write that fails the system gives none
+        if isinstance(error, OSError):
+            name_file(error, path)  # of a write that fails the system gives none
         unfinished.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def name_file(error: OSError, path: Path) -> None:
+    """Have an error of the system name this file, where it names none."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def remedied(error: OSError) -> str:
