@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import pipeline  # noqa: F401 (first of all: it looks for strangers, and sets what torch reads when it is imported)
 from data_prep.files import read_json, write_json
 from data_prep.tokenization import tokenizer_fingerprint
 from pipeline.checkpoint import Checkpointer, find_start, intact_checkpoint, refuse_changes

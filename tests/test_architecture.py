@@ -270,6 +270,15 @@ def test_importing_the_models_is_light():
     assert added.isdisjoint(HEAVY_MODULES)
 
 
+@pytest.mark.parametrize("program", ["pretrain", "finetune"])
+def test_what_launchers_start_imports_the_package_pipeline_first(program):
+    tree = ast.parse((ROOT / "pipeline" / f"{program}.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+    assert others[0].partition(".")[0] == "pipeline"
+
+
 def test_an_installation_holds_our_packages_and_no_tests():
     assert tuple(_setup()["options"]["packages"].split()) == PACKAGES
 
