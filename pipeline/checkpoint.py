@@ -262,6 +262,9 @@ def resolve_checkpoint(given: str | Path, world: World | None = None) -> Path:
         raise CheckpointError(
             f"{given} has no checkpoint yet: wait for the first, at step checkpoint.every of its recipe"
         )
+    runs = sorted(inner.parent.name for inner in path.glob("*/checkpoints") if _tags(inner))
+    if not agree(bool(folder) or not runs):
+        raise CheckpointError(f"{given} is a folder of runs: name one of them ({', '.join(runs)})")
     tags, folder = (_tags(folder), folder) if folder else ([path.name], path.parent)
     intact, faults = _newest_intact(tags, folder, world)
     if intact is None:

@@ -246,6 +246,10 @@ def test_resume_takes_a_checkpoint_its_folder_or_its_run(checkpointer, run, tmp_
     other.folder.mkdir(parents=True, exist_ok=True)
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
         find_start(replace(run, resume=str(tmp_path / "other")), other, DATA)
+    (tmp_path / "seeds").mkdir()
+    (tmp_path / "seeds" / "seed-0").symlink_to(checkpointer.folder.parent)
+    with pytest.raises(CheckpointError, match=r"seeds is a folder of runs: name one of them \(seed-0\)"):
+        resolve_checkpoint(tmp_path / "seeds")
     (tmp_path / "other" / "recipe.yaml").touch()
     with pytest.raises(CheckpointError, match="other has no checkpoint yet: wait for the first"):
         find_start(replace(run, resume=str(tmp_path / "other")), other, DATA)
