@@ -8,7 +8,7 @@ Only then does `checkpoints/latest` move. DeepSpeed reads its files with pickle:
 import io
 import shutil
 import socket
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
     Weights that are tied to others stand under each of their names.
     """
-    with redirect_stdout(io.StringIO()):  # DeepSpeed tells what it does
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed tells what it does
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
 
 
